@@ -1,0 +1,41 @@
+"""minift fine-tunes BERT, with hand-written kernels, from Python or from the command line."""
+
+from .batch import Batches, Example
+from .config import ModelConfig, RunConfig, TrainConfig
+from .data import Columns, Row, read_rows, read_texts
+from .errors import InputError
+from .ops import TORCH, TRITON
+from .run import fine_tune
+from .tasks.classification import Classification, label_names, logits_of, predict
+from .tokenizer import Tokenizer
+from .train import Diverged, Step, TrainState, train
+from .weights import load, load_model, save, save_model
+
+__all__ = [
+    "TORCH",
+    "TRITON",
+    "Batches",
+    "Classification",
+    "Columns",
+    "Diverged",
+    "Example",
+    "InputError",
+    "ModelConfig",
+    "Row",
+    "RunConfig",
+    "Step",
+    "Tokenizer",
+    "TrainConfig",
+    "TrainState",
+    "fine_tune",
+    "label_names",
+    "load",
+    "load_model",
+    "logits_of",
+    "predict",
+    "read_rows",
+    "read_texts",
+    "save",
+    "save_model",
+    "train",
+]

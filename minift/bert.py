@@ -1,0 +1,146 @@
+"""BERT over packed sequences: an encoder of post-norm blocks, and a classifier on its first token.
+
+Devlin et al. 2018, arXiv:1810.04805. T packed tokens, C wide, H heads of D, B sequences.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch
+from .config import ModelConfig
+from .layers import MLP, Attention, Embedding, LayerNorm, Linear, linear, matmul, norm
+from .ops import Draw, Dropout, Layout, Ops, ops_for
+
+
+class Embeddings(nn.Module):
+    """A row of each of three tables, summed and normed."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.word = Embedding(config.vocab_size, config.dim)
+        self.position = Embedding(config.max_len, config.dim)
+        self.token_type = Embedding(config.n_types, config.dim)
+        self.norm = LayerNorm(config.dim, config.norm_eps)
+
+
+class Block(nn.Module):
+    """Attention, then MLP; each is added to the residual stream, which is then normed."""
+
+    def __init__(self, config: ModelConfig, index: int):
+        super().__init__()
+        self.config = config
+        self.site = 1 + 3 * index  # of its first dropout; 0 is the embeddings'
+        self.attention = Attention(config.dim, config.norm_eps)
+        self.mlp = MLP(config.dim, config.ffn_dim, config.norm_eps)
+
+    def forward(
+        self,
+        x: Tensor,  # (T, C)
+        layout: Layout,
+        ops: Ops,
+        dropout: Dropout | None,
+        rows: Tensor | None,  # (N,): only these are needed after attention
+    ) -> Tensor:
+        H, p, site = self.config.n_head, self.config.hidden_dropout, self.site
+        drop = dropout and dropout.at(site, self.config.attention_dropout)
+        qkv = linear(x, self.attention.qkv).view(len(x), 3 * H, -1)  # (T, 3H, D)
+        o = ops.attention(qkv, layout, H, dropout=drop).flatten(1)  # (T, C)
+        if rows is not None:
+            o, x = o.index_select(0, rows), x.index_select(0, rows)  # (N, C)
+        drop = dropout and dropout.at(site + 1, p, rows)
+        o = matmul(o, self.attention.out)
+        x, _ = ops.add_norm(o, x, norm(self.attention.norm), self.attention.out.bias, drop)
+        h = ops.bias_gelu(
+            matmul(x, self.mlp.up), self.mlp.up.bias, self.config.activation
+        )  # (T, F)
+        drop = dropout and dropout.at(site + 2, p, rows)
+        h = matmul(h, self.mlp.down)
+        return ops.add_norm(h, x, norm(self.mlp.norm), self.mlp.down.bias, drop)[0]
+
+
+class Bert(nn.Module):
+    """Tokens to hidden states."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+
+    def draw(self, draw: Draw | None, batch: Batch, ops: Ops) -> Dropout | None:
+        """The dropout of a step: places are the embeddings', three a block, and the head's."""
+        if draw is None:
+            return None
+        columns = max(self.config.dim, batch.layout.max_length)
+        sites = 2 + 3 * self.config.n_layer
+        return ops.draw_dropout(draw, batch.key, columns, sites, self.config.n_head)
+
+    def forward(
+        self,
+        batch: Batch,
+        ops: Ops | None = None,
+        dtype: torch.dtype = torch.float32,
+        dropout: Dropout | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the last layer.
+
+        Args:
+            batch: T packed tokens on the model's device.
+            ops: table of operations; default, the one for the device.
+            dtype: of activations and products.
+            dropout: this step's, from `draw`; None drops nothing.
+            rows: (N,) int64 rows that are wanted: the last layer computes no others.
+
+        Returns:
+            (T, C), or (N, C) when `rows` is given.
+
+        Raises:
+            ValueError: a sequence is longer than the position table.
+        """
+        config, e = self.config, self.embeddings
+        if batch.layout.max_length > config.max_len:
+            longest = batch.layout.max_length
+            raise ValueError(
+                f"expected at most {config.max_len} tokens, got {longest}: cut the text"
+            )
+        ops = ops or ops_for(batch.tokens.device)
+        ids = (batch.tokens, batch.positions, batch.types)
+        tables = (e.word.weight, e.position.weight, e.token_type.weight)
+        drop = dropout and dropout.at(0, config.hidden_dropout)
+        x = ops.embed(ids, tables, norm(e.norm), dtype, drop)  # (T, C)
+        for i, block in enumerate(self.layers):
+            x = block(x, batch.layout, ops, dropout, rows if i == config.n_layer - 1 else None)
+        return x
+
+
+class BertClassifier(nn.Module):
+    """Logits of each sequence from its first token: pooler, dropout, head."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.pooler = Linear(config.dim, config.dim)
+        self.head = Linear(config.dim, len(config.labels))
+
+    def forward(
+        self,
+        batch: Batch,
+        ops: Ops | None = None,
+        dtype: torch.dtype = torch.float32,
+        draw: Draw | None = None,
+    ) -> Tensor:
+        """Logits (B, number of labels) in `dtype`.
+
+        Args:
+            batch, ops, dtype: as `Bert.forward`'s.
+            draw: seed and step of the dropout, to train; None drops nothing.
+        """
+        first, ops = batch.layout.first, ops or ops_for(batch.tokens.device)
+        dropout = self.bert.draw(draw, batch, ops)
+        x = self.bert(batch, ops, dtype, dropout, rows=first)  # (B, C)
+        x = torch.tanh(linear(x, self.pooler))
+        site = 1 + 3 * self.config.n_layer
+        x = ops.drop(x, dropout and dropout.at(site, self.config.classifier_dropout, first))
+        return linear(x, self.head)  # (B, labels)

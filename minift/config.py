@@ -1,0 +1,177 @@
+"""What a model is (ModelConfig), how it is trained (TrainConfig), what one run reads and writes
+(RunConfig). Fields of the last two are the command line's flags and a TOML file's names."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .errors import InputError
+
+ACTIVATIONS = {  # Hugging Face's name -> the operation's
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything needed to know what the weights mean. Read from and saved as config.json."""
+
+    vocab_size: int                  # rows of the token table
+    max_len: int                     # rows of the position table
+    n_types: int                     # rows of the type table
+    dim: int                         # C, width of the residual stream
+    n_layer: int
+    n_head: int
+    ffn_dim: int                     # F, width inside the MLP
+    activation: str                  # gelu_erf or gelu_tanh
+    norm_eps: float                  # added to the variance
+    hidden_dropout: float            # after embeddings and after both halves of a layer
+    attention_dropout: float         # on the attention probabilities
+    classifier_dropout: float        # before the head
+    init_std: float                  # of random weights
+    labels: tuple[str, ...] = ()     # names of the head's classes
+    raw: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as it was read
+
+    @staticmethod
+    def from_hf(raw: dict[str, Any]) -> "ModelConfig":
+        """Reads the content of a Hugging Face BERT config.json.
+
+        Raises:
+            InputError: a value is missing or of the wrong kind, or asks for what is not built.
+        """
+        kind = raw.get("model_type")
+        if kind != "bert":
+            raise InputError(f"expected model_type 'bert' in config.json, got {kind!r}: use a BERT")
+        if raw.get("position_embedding_type", "absolute") != "absolute":
+            raise InputError("expected absolute positions in config.json, got relative ones")
+        act = raw.get("hidden_act", "gelu")
+        if act not in ACTIVATIONS:
+            raise InputError(f"expected hidden_act {' or '.join(ACTIVATIONS)}, got {act!r}")
+
+        def number(name, kind, default=None):
+            value = raw.get(name)
+            value = default if value is None else value
+            if not isinstance(value, (int, kind)) or isinstance(value, bool) or value < 0:
+                raise InputError(f"expected {name} in config.json as a number >= 0, got {value!r}")
+            return kind(value)
+
+        hidden_dropout = number("hidden_dropout_prob", float, 0.1)
+        labels = raw.get("id2label") or {}
+        try:
+            labels = tuple(str(labels[k]) for k in sorted(labels, key=int))
+        except (ValueError, TypeError, AttributeError):
+            raise InputError(f"expected id2label as number -> name, got {labels!r}") from None
+        config = ModelConfig(
+            vocab_size=number("vocab_size", int),
+            max_len=number("max_position_embeddings", int),
+            n_types=number("type_vocab_size", int, 2),
+            dim=number("hidden_size", int),
+            n_layer=number("num_hidden_layers", int),
+            n_head=number("num_attention_heads", int),
+            ffn_dim=number("intermediate_size", int),
+            activation=ACTIVATIONS[act],
+            norm_eps=number("layer_norm_eps", float, 1e-12),
+            hidden_dropout=hidden_dropout,
+            attention_dropout=number("attention_probs_dropout_prob", float, 0.1),
+            classifier_dropout=number("classifier_dropout", float, hidden_dropout),
+            init_std=number("initializer_range", float, 0.02),
+            labels=labels,
+            raw=dict(raw),
+        )
+        if config.n_head < 1 or config.dim % config.n_head:
+            raise InputError(f"hidden_size={config.dim} is not divisible by {config.n_head} heads")
+        return config
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of config.json: what was read, with the labels of the trained head."""
+        return {
+            **{k: v for k, v in self.raw.items() if k not in ("_name_or_path", "torch_dtype")},
+            "architectures": ["BertForSequenceClassification"],
+            "model_type": "bert",
+            "id2label": {str(i): name for i, name in enumerate(self.labels)},
+            "label2id": {name: i for i, name in enumerate(self.labels)},
+            "problem_type": "single_label_classification",
+            "dtype": "float32",
+        }
+
+
+def flag(default: Any, help: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field that is a flag: its default, its help text, its short names."""
+    return field(default=default, metadata={"help": help, "aliases": aliases, "choices": choices})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a model is trained."""
+
+    learning_rate: float = flag(5e-5, "peak learning rate", "lr")
+    num_train_epochs: float = flag(3.0, "passes over the training rows", "epochs")
+    max_steps: int = flag(0, "stop after so many optimizer steps; 0: as num_train_epochs says")
+    per_device_train_batch_size: int = flag(32, "sequences in a micro-batch", "batch_size")
+    gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step")
+    warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1: a share of all steps")
+    lr_scheduler_type: str = flag("linear", "after warm-up", 
+                                  choices=("linear", "cosine", "constant"))
+    weight_decay: float = flag(0.01, "decoupled decay of matrices; norms and biases have none")
+    adam_beta1: float = flag(0.9, "decay of the first moment")
+    adam_beta2: float = flag(0.999, "decay of the second moment")
+    adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
+    max_grad_norm: float = flag(1.0, "gradients are scaled down to this norm; 0: never")
+    label_smoothing_factor: float = flag(0.0, "share of the target spread over all classes")
+    seed: int = flag(0, "of the data order, the dropout and the new weights")
+    dtype: str = flag("auto", "of activations and products; auto: bf16 on a GPU, else fp32",
+                      choices=("auto", "fp32", "bf16"))
+    freeze: str = flag("", "groups that stay as they are: 'embeddings,layers:0-9'")
+    layer_lr_decay: float = flag(1.0, "a layer learns at this times the rate of the one above it")
+    head_lr: float = flag(0.0, "learning rate of the head; 0: as all others")
+    lr_rules: str = flag("", "any table, the first match counts: 'layers:0-9=1e-6,*=1e-5'")
+
+    def __post_init__(self):
+        for name, low, high in (
+            ("learning_rate", 0, 1e3), ("num_train_epochs", 0, 1e6), ("max_steps", 0, 1e12),
+            ("per_device_train_batch_size", 1, 1e6), ("gradient_accumulation_steps", 1, 1e6),
+            ("warmup_steps", 0, 1e12), ("weight_decay", 0, 1e3), ("adam_beta1", 0, 0.999999),
+            ("adam_beta2", 0, 0.9999999), ("adam_epsilon", 0, 1), ("max_grad_norm", 0, 1e9),
+            ("label_smoothing_factor", 0, 1), ("seed", 0, 2**63 - 1), ("layer_lr_decay", 0, 1),
+            ("head_lr", 0, 1e3),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:  # NaN compares false
+                raise InputError(f"expected {name} between {low:g} and {high:g}, got {value}")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What one run of `minift train` reads and writes."""
+
+    model_name_or_path: str = flag("", "folder with config.json, weights, tokenizer", "model")
+    train_file: str = flag("", "CSV, TSV or JSON lines", "train")
+    validation_file: str = flag("", "default: a part of the training rows", "validation")
+    test_file: str = flag("", "evaluated once, with the best model", "test")
+    output_dir: str = flag("", "new folder for the model and the checkpoints", "output")
+    task: str = flag("classification", "what is learned", choices=("classification",))
+    text_column: str = flag("", "name, or number from 1, of the text's column")
+    pair_column: str = flag("", "the second text's column")
+    label_column: str = flag("", "the label's column")
+    validation_split: float = flag(0.1, "share of training rows kept for validation without a file")
+    max_seq_length: int = flag(0, "longer texts are cut to so many tokens; 0: what the model takes")
+    class_weights: str = flag("", "'balanced', or one number a label: 'spam=5,ham=1'")
+    eval_steps: int = flag(0, "steps between evaluations; 0: after every epoch")
+    save_steps: int = flag(0, "steps between checkpoints; 0: at every evaluation")
+    save_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
+    metric_for_best_model: str = flag("accuracy", "any metric; of loss the smallest")
+    early_stopping_patience: int = flag(0, "stop after so many evaluations without gain; 0: never")
+    resume_from_checkpoint: str = flag("", "'auto': the newest in output_dir, if any; or a folder")
+    overwrite_output_dir: bool = flag(False, "delete what an earlier run left in output_dir")
+    device: str = flag("auto", "cpu, cuda, cuda:1; auto: a GPU when there is one")
+    ops: str = flag("auto", "which operations", choices=("auto", "torch", "triton"))
+    threads: int = flag(0, "CPU threads; sums, so bits, change with it; 0: torch's choice")
+
+    def __post_init__(self):
+        if not 0 < self.validation_split < 1:
+            raise InputError(f"expected validation_split in (0, 1), got {self.validation_split}")
+        for name in ("max_seq_length", "eval_steps", "save_steps", "save_total_limit",
+                     "early_stopping_patience", "threads"):
+            if getattr(self, name) < 0:
+                raise InputError(f"expected {name} >= 0, got {getattr(self, name)}")

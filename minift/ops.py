@@ -1,0 +1,71 @@
+"""Two tables of the same operations, and the choice between them: an argument, nothing else.
+
+    model(batch, ops=TORCH)     plain torch, on any device: the CPU path and the yardstick
+    model(batch, ops=TRITON)    the kernels, on a GPU
+
+A model that is given no table takes `ops_for` the device of its input.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from . import torch_ops
+from .kernels.add_norm import Norm
+from .kernels.cross_entropy import IGNORE_INDEX
+from .kernels.dropout import Draw, Dropout, draw_dropout
+from .kernels.layout import Layout
+
+__all__ = [
+    "IGNORE_INDEX",
+    "TABLES",
+    "TORCH",
+    "TRITON",
+    "Draw",
+    "Dropout",
+    "Layout",
+    "Norm",
+    "Ops",
+    "ops_for",
+]
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The operations that a model or a trainer calls; signatures as in `minift.torch_ops`."""
+
+    draw_dropout: Callable
+    attention: Callable
+    add_norm: Callable
+    bias_gelu: Callable
+    embed: Callable
+    drop: Callable
+    cross_entropy: Callable
+    adamw: Callable  # (parameter groups, betas, eps) -> torch.optim.Optimizer
+
+
+def _torch_adamw(groups, betas, eps):
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+
+
+TORCH = Ops(
+    draw_dropout=draw_dropout,
+    attention=torch_ops.attention,
+    add_norm=torch_ops.add_norm,
+    bias_gelu=torch_ops.bias_gelu,
+    embed=torch_ops.embed,
+    drop=torch_ops.drop,
+    cross_entropy=torch_ops.cross_entropy,
+    adamw=_torch_adamw,
+)
+
+# The place of the kernels: as each arrives, it takes the place of the torch version here.
+TRITON = TORCH
+
+TABLES = {"torch": TORCH, "triton": TRITON}
+
+
+def ops_for(device: torch.device) -> Ops:
+    """TRITON on a GPU, TORCH elsewhere."""
+    return TRITON if device.type == "cuda" else TORCH

@@ -1,0 +1,53 @@
+"""The optimizer over a table of parameter groups, and the schedule of its learning rates."""
+
+import math
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+from .methods import ParamGroup
+from .ops import Ops
+
+
+def schedule(step: int, total: int, config: TrainConfig) -> float:
+    """The factor on every learning rate in the optimizer step that follows `step` finished ones.
+
+    The same numbers as transformers' schedules: warm-up starts at 0 and the decay ends at 0.
+
+    Args:
+        step: finished steps, from 0.
+        total: steps of the whole run.
+        config: lr_scheduler_type and warmup_steps (below 1: a share of `total`).
+    """
+    warmup = config.warmup_steps
+    warmup = math.ceil(warmup * total) if warmup < 1 else round(warmup)
+    if step < warmup:
+        return step / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    if config.lr_scheduler_type == "linear":
+        return max(0.0, 1 - progress)
+    if config.lr_scheduler_type == "cosine":
+        return max(0.0, (1 + math.cos(math.pi * progress)) / 2)
+    return 1.0
+
+
+def make_optimizer(
+    model: nn.Module, groups: list[ParamGroup], config: TrainConfig, ops: Ops
+) -> torch.optim.Optimizer:
+    """AdamW over the trained rows of the table; each group keeps its peak rate as `peak_lr`."""
+    parameters = dict(model.named_parameters())
+    return ops.adamw(
+        [
+            {
+                "params": [parameters[name] for name in g.names],
+                "lr": g.learning_rate,
+                "peak_lr": g.learning_rate,
+                "weight_decay": g.weight_decay,
+            }
+            for g in groups
+            if g.learning_rate
+        ],
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+    )
