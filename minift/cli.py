@@ -94,8 +94,14 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         subs[name].add_argument("--max_seq_length", type=int, default=0, help="cut texts there")
         subs[name].add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
         subs[name].add_argument("--device", default="auto", help="cpu, cuda, cuda:1")
-    subs["eval"].add_argument("--data", "--test_file", "--test", required=True, metavar="FILE",
-                              help="CSV, TSV or JSON lines with labels")  # fmt: skip
+    subs["eval"].add_argument(
+        "--data",
+        "--test_file",
+        "--test",
+        required=True,
+        metavar="FILE",
+        help="CSV, TSV or JSON lines with labels",
+    )
     predict.add_argument("text", nargs="*", help="texts to label; none: --data, or lines of stdin")
     predict.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON lines, or a text a line")
     subs["inspect"].add_argument("model", metavar="DIR", help="a model folder")
@@ -136,8 +142,12 @@ def read_toml(path: str) -> dict[str, Any]:
     values = {}
     for name, value in content.items():
         values |= value if isinstance(value, dict) else {name: value}
-    known = {alias: f for config in (RunConfig, TrainConfig) for f in fields(config)
-             for alias in (f.name, *f.metadata["aliases"])}  # fmt: skip
+    known = {
+        alias: f
+        for config in (RunConfig, TrainConfig)
+        for f in fields(config)
+        for alias in (f.name, *f.metadata["aliases"])
+    }
     given = {}
     for name, value in values.items():
         field = known.get(name.replace("-", "_"))

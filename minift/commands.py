@@ -17,6 +17,7 @@ from .cli import configurations
 from .config import RunConfig, TrainConfig
 from .data import Columns, Row, read_rows, read_texts
 from .errors import InputError
+from .files import make_folder, write_file
 from .methods import format_rules, group_of
 from .metrics import confusion_matrix, format_confusion
 from .run import Evaluation, Finished, Notice, fine_tune, pick_device
@@ -64,13 +65,16 @@ class Bar:
                 from tqdm import tqdm
 
                 self.bar = tqdm(total=step.total, initial=step.index - 1, unit="step", leave=False)
-            self.bar.set_postfix_str(f"loss {self.loss:.4f}, {rate:,.0f} tokens/s", refresh=False)
+            note = f"loss {self.loss:.4f}, {rate:,.0f} tokens/s"
+            self.bar.set_postfix_str(note, refresh=False)
             self.bar.update()
         elif time.perf_counter() - self.shown > PLAIN_SECONDS or step.index == step.total:
             self.shown = time.perf_counter()
             left = (step.total - step.index) * (self.shown - self.start) / done
-            say(f"step {step.index}/{step.total}  loss {self.loss:.4f}  lr {step.learning_rate:.2e}  "
-                f"{rate:,.0f} tokens/s  {left:.0f} s left")  # fmt: skip
+            say(
+                f"step {step.index}/{step.total}  loss {self.loss:.4f}  lr {step.learning_rate:.2e}  "
+                f"{rate:,.0f} tokens/s  {left:.0f} s left"
+            )
 
     def line(self, text: str) -> None:
         """Prints a line without breaking the bar."""
@@ -97,8 +101,10 @@ def follow(run: RunConfig, config: TrainConfig, quiet: bool) -> Finished:
             elif isinstance(event, Evaluation) and not quiet:
                 m = event.metrics
                 best = "  (best so far: saved)" if event.best else ""
-                bar.line(f"epoch {event.epoch:.2f}  step {event.step}  loss {m['loss']:.4f}  accuracy "
-                         f"{m['accuracy']:.4f}  f1 {m['f1']:.4f}{best}")  # fmt: skip
+                bar.line(
+                    f"epoch {event.epoch:.2f}  step {event.step}  loss {m['loss']:.4f}  accuracy "
+                    f"{m['accuracy']:.4f}  f1 {m['f1']:.4f}{best}"
+                )
             elif isinstance(event, Finished):
                 finished = event
     finally:
@@ -110,8 +116,10 @@ def verdict(metrics: dict[str, Any], prefix: str) -> None:
     """Warns when a model is no better than always answering the commonest label."""
     accuracy, majority = metrics[prefix + "accuracy"], metrics[prefix + "majority_accuracy"]
     if accuracy <= majority:
-        say(f"WARNING: accuracy {accuracy:.4f} does not beat always answering the commonest label "
-            f"({majority:.4f}): the model has learned nothing of use")  # fmt: skip
+        say(
+            f"WARNING: accuracy {accuracy:.4f} does not beat always answering the commonest label "
+            f"({majority:.4f}): the model has learned nothing of use"
+        )
 
 
 def train(args: argparse.Namespace) -> int:
@@ -200,8 +208,10 @@ def stdin_row(line: bytes, number: int) -> Row:
     try:
         return Row(line.decode().removesuffix("\r"), None, None, number)
     except UnicodeDecodeError as error:
-        raise InputError(f"stdin:{number}: expected UTF-8, got byte {line[error.start]:#x}: "
-                         "convert it with iconv") from None  # fmt: skip
+        raise InputError(
+            f"stdin:{number}: expected UTF-8, got byte {line[error.start]:#x}: "
+            "convert it with iconv"
+        ) from None
 
 
 def label(args: argparse.Namespace) -> int:
@@ -226,11 +236,15 @@ def inspect(args: argparse.Namespace) -> int:
     # A folder without a trained head is inspected as it would be loaded for two labels.
     trained = config.raw.get("architectures") == ["BertForSequenceClassification"]
     model, loaded = load_model(folder, None if trained else ("label 0", "label 1"))
-    c = config
-    print(f"{folder}: BERT, {c.n_layer} layers, width {c.dim}, {c.n_head} heads of {c.dim // c.n_head}, "
-          f"MLP {c.ffn_dim} ({c.activation})")  # fmt: skip
-    print(f"  vocabulary {tokenizer.vocab_size:,} of {c.vocab_size:,} rows; at most "
-          f"{tokenizer.max_length} tokens of {c.max_len} positions")  # fmt: skip
+    c, width = config, config.dim // config.n_head
+    print(
+        f"{folder}: BERT, {c.n_layer} layers, width {c.dim}, {c.n_head} heads of {width}, "
+        f"MLP {c.ffn_dim} ({c.activation})"
+    )
+    print(
+        f"  vocabulary {tokenizer.vocab_size:,} of {c.vocab_size:,} rows; at most "
+        f"{tokenizer.max_length} tokens of {c.max_len} positions"
+    )
     print(f"  labels     {', '.join(c.labels) if trained else 'none: not a trained classifier'}")
     print(loaded)
     groups: dict[str, int] = {}
@@ -255,8 +269,52 @@ def demo(args: argparse.Namespace) -> int:
     from .demo_data import DEMO_SENTENCES, stdlib_docstrings
 
     data = stdlib_docstrings(args.seed)
-    say(f"{data.found:,} first paragraphs of docstrings of this Python's standard library; without "
+    say(
+        f"{data.found:,} first paragraphs of docstrings of this Python's standard library; without "
         f"near-duplicates {len(data.train):,} to train and {len(data.validation):,} to validate, "
-        "from other modules")  # fmt: skip
+        "from other modules"
+    )
     output = Path(args.output_dir)
-    raise NotImplementedError(output, DEMO_SENTENCES, get_model_path)
+    again = (output / "train.jsonl").is_file()  # ours, from an earlier demo
+    if output.exists() and not again and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(
+            f"{output}: is there already and not a demo's: choose another --output_dir"
+        )
+    files = {}
+    for name, rows in (("train", data.train), ("validation", data.validation)):
+        files[name] = output / f"{name}.jsonl"
+        lines = (json.dumps({"text": r.text, "label": r.label}) + "\n" for r in rows)
+        make_folder(output)
+        write_file(files[name], "".join(lines).encode())
+    run = RunConfig(
+        model_name_or_path=str(get_model_path()),
+        train_file=str(files["train"]),
+        validation_file=str(files["validation"]),
+        output_dir=str(output / "model"),
+        overwrite_output_dir=again,
+        save_total_limit=1,
+    )
+    # bf16 products are several times faster where the CPU has them, and emulated where not.
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    fast = torch.cuda.is_available() or has.get("amx_bf16") or has.get("avx512_bf16")
+    config = TrainConfig(
+        learning_rate=1e-4,
+        warmup_steps=0.1,
+        num_train_epochs=args.epochs or (2.0 if fast else 1.0),
+        dtype="bf16" if fast else "fp32",
+        seed=args.seed,
+    )
+    done = follow(run, config, args.quiet)
+    report(done, args.quiet)
+    model, tokenizer = load(run.output_dir)
+    print("\nwhat the model makes of sentences that it has never seen")
+    rows = [Row(text, None, None, i) for i, text in enumerate(DEMO_SENTENCES, 1)]
+    for answer in predict(model, tokenizer, rows):
+        print(f"  {answer['score']:5.1%}  {answer['label']:<21} {answer['text']}")
+    print(f"""
+what to try next
+  minift predict --model {run.output_dir} "wait until another thread has finished"
+  minift inspect {run.output_dir}
+  minift train --model {run.model_name_or_path} --train YOUR.csv --output my-model""")
+    print(json.dumps(done.summary))
+    return 0

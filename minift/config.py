@@ -111,7 +111,7 @@ class TrainConfig:
     per_device_train_batch_size: int = flag(32, "sequences in a micro-batch", "batch_size")
     gradient_accumulation_steps: int = flag(1, "micro-batches in an optimizer step")
     warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1: a share of all steps")
-    lr_scheduler_type: str = flag("linear", "after warm-up", 
+    lr_scheduler_type: str = flag("linear", "after warm-up",
                                   choices=("linear", "cosine", "constant"))
     weight_decay: float = flag(0.01, "decoupled decay of matrices; norms and biases have none")
     adam_beta1: float = flag(0.9, "decay of the first moment")

@@ -80,6 +80,18 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it; it may be there.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
 def cannot_write(path: Path, error: Exception) -> InputError:
     """One line for a failed write."""
     reason = getattr(error, "strerror", None) or " ".join(str(error).split())

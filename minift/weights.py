@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .bert import BertClassifier
 from .config import ModelConfig
 from .errors import InputError
-from .files import cannot_write, read_json, write_file, write_json
+from .files import make_folder, read_json, write_file, write_json
 from .layers import init_weights
 from .tokenizer import Tokenizer
 
@@ -253,9 +253,6 @@ def save(model: nn.Module, tokenizer: Tokenizer, folder: str | Path) -> None:
         InputError: it cannot be written.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(folder, error) from None
+    make_folder(folder)
     tokenizer.save(folder)
     save_model(model, folder)
