@@ -1,6 +1,6 @@
 """One fine-tuning run by transformers' Trainer, as a process of its own: its memory is its own.
 
-`python -m bench.peer_trainer --model DIR --data DIR --seed 0 --epochs 1 --dtype bf16 --order grouped`
+`python -m bench.peer_trainer --model DIR --data DIR --seed 0 --dtype bf16 --order grouped`
 prints one JSON object: accuracy on the development rows, real tokens/s, peak resident memory.
 """
 
@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -30,6 +31,10 @@ def main() -> None:
     args = parser.parse_args()
 
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # `-m` puts this repository first on the path, where transformers would take our folder
+    # `kernels` for the package of that name.
+    root = Path(__file__).resolve().parent.parent
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() != root]
     import numpy as np
     import torch
     import transformers

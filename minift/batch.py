@@ -27,6 +27,7 @@ class Example:
     tokens: Sequence[int]
     types: Sequence[int]  # 0 for the first text, 1 for the second
     target: int  # number of the label; -100: none
+    cut: bool = False  # the text was longer
 
 
 @dataclass(frozen=True, eq=False)

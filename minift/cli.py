@@ -177,7 +177,7 @@ def configurations(args: argparse.Namespace) -> tuple[RunConfig, TrainConfig]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit status: 0, 2 for bad input, 1 for a run that failed."""
     words = normalise(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
+    debug = "--debug" in words[: words.index("--") if "--" in words else None]
     try:
         parser, subs = make_parser()
         args, left = parser.parse_known_args(words)
@@ -188,12 +188,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(f"minift {version('minift')}" if args.version else parser.format_help().strip())
             return 0
+        if args.command == "train":
+            args.configurations = configurations(args)
         # Asking a pool that forked to be quiet is a setting of this process, so it is made here.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         from . import commands
 
-        return commands.run(args)
+        status = commands.run(args)
+        sys.stdout.flush()  # here, where a reader that has left is no error
+        return status
     except InputError as error:
         if debug:
             raise

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from .cli import configurations
 from .config import RunConfig, TrainConfig
 from .data import Columns, Row, read_rows, read_texts
 from .errors import InputError
 from .files import make_folder, write_file
 from .methods import format_rules, group_of
 from .metrics import confusion_matrix, format_confusion
-from .run import Evaluation, Finished, Notice, fine_tune, pick_device
+from .prepare import Notice, length_limit, pick_device
+from .run import Evaluation, Finished, fine_tune
 from .tasks.classification import Classification, logits_of, predict
 from .tokenizer import Tokenizer
 from .train import Step, TrainState, compute_dtype
@@ -72,8 +72,8 @@ class Bar:
             self.shown = time.perf_counter()
             left = (step.total - step.index) * (self.shown - self.start) / done
             say(
-                f"step {step.index}/{step.total}  loss {self.loss:.4f}  lr {step.learning_rate:.2e}  "
-                f"{rate:,.0f} tokens/s  {left:.0f} s left"
+                f"step {step.index}/{step.total}  loss {self.loss:.4f}  "
+                f"lr {step.learning_rate:.2e}  {rate:,.0f} tokens/s  {left:.0f} s left"
             )
 
     def line(self, text: str) -> None:
@@ -124,8 +124,7 @@ def verdict(metrics: dict[str, Any], prefix: str) -> None:
 
 def train(args: argparse.Namespace) -> int:
     """`minift train`: the last line of stdout is the summary."""
-    run, config = configurations(args)
-    done = follow(run, config, args.quiet)
+    done = follow(*args.configurations, args.quiet)
     report(done, args.quiet)
     print(json.dumps(done.summary))
     return 0
@@ -153,7 +152,8 @@ class Loaded:
 def load_trained(args: argparse.Namespace) -> Loaded:
     """The model of `eval` and `predict`."""
     device = pick_device(args.device)
-    model, tokenizer = load(args.model, max_length=args.max_seq_length or None)
+    limit = length_limit(args.max_seq_length, read_config(Path(args.model)).max_len)
+    model, tokenizer = load(args.model, max_length=limit)
     columns = Columns(args.text_column, args.pair_column, args.label_column)
     dtype = compute_dtype(TrainConfig(dtype=args.dtype), device)
     return Loaded(model.to(device), tokenizer, dtype, columns)
@@ -188,8 +188,12 @@ def texts(args: argparse.Namespace, columns: Columns) -> Iterator[list[Row]]:
         for row in rows:
             if not row.text.strip():
                 raise InputError(f"{args.data or 'text'}:{row.line}: expected a text, got none")
+            if any("\ud800" <= c <= "\udfff" for c in row.text):  # how argv holds other bytes
+                raise InputError(f"text:{row.line}: expected UTF-8, got {row.text!r}")
         yield from (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
         return
+    if sys.stdin is None:
+        raise InputError("expected texts, --data or lines of stdin, got a closed stdin")
     if sys.stdin.isatty():
         say("reading lines from the terminal; end with Ctrl-D")
     number, rest = 0, b""
@@ -268,18 +272,18 @@ def demo(args: argparse.Namespace) -> int:
         ) from None
     from .demo_data import DEMO_SENTENCES, stdlib_docstrings
 
-    data = stdlib_docstrings(args.seed)
-    say(
-        f"{data.found:,} first paragraphs of docstrings of this Python's standard library; without "
-        f"near-duplicates {len(data.train):,} to train and {len(data.validation):,} to validate, "
-        "from other modules"
-    )
     output = Path(args.output_dir)
     again = (output / "train.jsonl").is_file()  # ours, from an earlier demo
     if output.exists() and not again and (not output.is_dir() or any(output.iterdir())):
         raise InputError(
             f"{output}: is there already and not a demo's: choose another --output_dir"
         )
+    data = stdlib_docstrings(args.seed)
+    say(
+        f"{data.found:,} first paragraphs of docstrings of this Python's standard library; without "
+        f"near-duplicates {len(data.train):,} to train and {len(data.validation):,} to validate, "
+        "from other modules"
+    )
     files = {}
     for name, rows in (("train", data.train), ("validation", data.validation)):
         files[name] = output / f"{name}.jsonl"

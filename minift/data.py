@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from minift.errors import InputError
+from .errors import InputError
 
 Path = str | os.PathLike
 Table = list[tuple[int, list[str]]]  # line where a record starts, its fields
@@ -31,33 +31,14 @@ _JSON = (".jsonl", ".ndjson", ".json")
 _MAX_LINE = 8 << 20  # bytes; also the longest field of a CSV, in characters
 
 _USUAL = {  # what the columns are called in the files of the world, the likeliest first
-    "text": (
-        "text",
-        "sentence",
-        "sentence1",
-        "review",
-        "content",
-        "question",
-        "question1",
-        "premise",
-        "query",
-        "tweet",
-        "comment",
-        "utterance",
-        "document",
-    ),
-    "pair": ("sentence2", "text_pair", "text2", "question2", "hypothesis", "answer"),
-    "label": (
-        "label",
-        "labels",
-        "category",
-        "class",
-        "target",
-        "intent",
-        "sentiment",
-        "label_text",
-    ),
-}
+    role: tuple(names.split())
+    for role, names in (
+        ("text", "text sentence sentence1 review content question question1 premise query tweet "
+                 "comment utterance document"),
+        ("pair", "sentence2 text_pair text2 question2 hypothesis answer"),
+        ("label", "label labels category class target intent sentiment label_text"),
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +55,7 @@ class Row:
 class Columns:
     """Which columns to read: names, or 1-based numbers as text ("2") in a CSV or TSV.
 
-    None: find the column. An empty `pair`: there is none, whatever the columns are called.
+    None: find the column. A pair is not looked for when `text` is given, or `pair` is empty.
     """
 
     text: str | None = None
@@ -176,14 +157,9 @@ def fingerprint(path: Path) -> str:
 
 
 _BARE_CR = ("lines that end in LF or CRLF", "a CR alone", r"run `tr '\r' '\n' < FILE > NEW`")
-_WIDE = {  # which bytes of every four are mostly 0 -> encoding
-    "0101": "UTF-16LE",
-    "0111": "UTF-32LE",
-    "0011": "UTF-32LE",
-    "1010": "UTF-16BE",
-    "1110": "UTF-32BE",
-    "1100": "UTF-32BE",
-}
+# Which bytes of every four are mostly 0 -> encoding.
+_WIDE = {"0101": "UTF-16LE", "0111": "UTF-32LE", "0011": "UTF-32LE",
+         "1010": "UTF-16BE", "1110": "UTF-32BE", "1100": "UTF-32BE"}  # fmt: skip
 
 
 @contextmanager
@@ -388,7 +364,7 @@ def _named(
             free.setdefault(name.strip().lower(), i)
     found: dict[str, int | None] = dict(asked)
     for role, usual in _USUAL.items():
-        if getattr(columns, role) is None:
+        if getattr(columns, role) is None and not (role == "pair" and columns.text):
             found[role] = next((free[name] for name in usual if name in free), None)
         if found.get(role) is None and (role == "text" or (role == "label" and labelled)):
             expected = f"a usual name for the {role} column, such as {usual[0]!r}"

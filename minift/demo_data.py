@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minift.data import Row
-from minift.errors import InputError
+from .data import Row
+from .errors import InputError
 
 # Modules and packages by area. A longer name wins over its package: asyncio.streams is networking.
 # Those that this Python does not have are skipped: no version has them all.

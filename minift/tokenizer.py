@@ -64,20 +64,17 @@ class Tokenizer:
 
     def encode(
         self, texts: Sequence[str], pairs: Sequence[str] | None = None
-    ) -> tuple[list[tuple[list[int], list[int]]], int]:
-        """Token ids and type ids of each text, or pair of texts, special tokens included.
+    ) -> list[tuple[list[int], list[int], bool]]:
+        """Token ids, type ids, and whether it was cut, of each text or pair of texts.
 
-        Longer ones are cut to `max_length`, the longer text of a pair first.
-
-        Returns:
-            ([(ids, types), ...], how many were cut).
+        Special tokens are included. What is longer than `max_length` is cut to it, the longer text
+        of a pair first.
         """
         inputs = texts if pairs is None else list(zip(texts, pairs, strict=True))
         self.backend.enable_truncation(self.max_length, strategy="longest_first")
         encodings = self.backend.encode_batch_fast(inputs)
         self.backend.no_truncation()
-        cut = sum(bool(e.overflowing) for e in encodings)
-        return [(e.ids, e.type_ids) for e in encodings], cut
+        return [(e.ids, e.type_ids, bool(e.overflowing)) for e in encodings]
 
     def save(self, folder: Path) -> None:
         """Writes tokenizer.json and tokenizer_config.json, with the length limit."""

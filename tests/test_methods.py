@@ -1,0 +1,222 @@
+"""Full, partial and adaptive fine-tuning as tables, and that a step does what its table says."""
+
+import math
+import re
+
+import pytest
+import torch
+from tiny import tiny_config
+
+from minift.batch import Example, collate
+from minift.bert import BertClassifier
+from minift.config import ModelConfig, TrainConfig
+from minift.errors import InputError
+from minift.layers import init_weights
+from minift.methods import ParamGroup, Rule, apply_rules, format_rules, group_of, rules_of
+from minift.ops import TORCH
+from minift.tasks.classification import Classification
+from minift.train import TrainState, train
+
+EXAMPLES = [Example([2, i, 9 + i, 3], [0, 0, 0, 0], i % 2) for i in range(5, 21)]
+
+
+def make_model(n_layer: int = 2) -> BertClassifier:
+    config = tiny_config(num_hidden_layers=n_layer, id2label={"0": "a", "1": "b"})
+    model = BertClassifier(ModelConfig.from_hf(config))
+    init_weights(model, 0.2, seed=3)
+    return model
+
+
+def table(n_layer: int = 2, **flags) -> list[ParamGroup]:
+    config = TrainConfig(**flags)
+    return apply_rules(make_model(n_layer), rules_of(config, n_layer), config.weight_decay)
+
+
+def rates(groups: list[ParamGroup]) -> dict[str, float]:
+    """Parameter name -> the rate that its row gives it."""
+    return {name: g.learning_rate for g in groups for name in g.names}
+
+
+@pytest.mark.parametrize(
+    ("name", "group"),
+    [
+        ("bert.embeddings.word.weight", "embeddings"),
+        ("bert.embeddings.norm.bias", "embeddings"),
+        ("bert.layers.0.attention.qkv.weight", "layers:0"),
+        ("bert.layers.11.mlp.norm.bias", "layers:11"),
+        ("pooler.weight", "pooler"),
+        ("head.bias", "head"),
+    ],
+)
+def test_groups_are_parts_of_the_model(name, group):
+    assert group_of(name) == group
+
+
+def test_full_fine_tuning_is_one_rule():
+    assert rules_of(TrainConfig(learning_rate=3e-5), 4) == [Rule("*", 3e-5)]
+    assert set(rates(table(learning_rate=3e-5)).values()) == {3e-5}
+
+
+def test_frozen_groups_come_first():
+    config = TrainConfig(learning_rate=1.0, freeze=" embeddings , layers:0-1,", head_lr=2.0)
+    assert rules_of(config, 4) == [
+        *(Rule("embeddings", 0.0), Rule("layers:0-1", 0.0), Rule("head", 2.0), Rule("*", 1.0)),
+    ]
+
+
+def test_layers_learn_slower_the_deeper_they_lie():
+    """The embeddings lie below layer 0; pooler and head are at the top and learn at full rate."""
+    config = TrainConfig(learning_rate=1.0, layer_lr_decay=0.5)
+    assert rules_of(config, 3) == [
+        *(Rule("layers:0", 0.125), Rule("layers:1", 0.25), Rule("layers:2", 0.5)),
+        *(Rule("embeddings", 0.0625), Rule("*", 1.0)),
+    ]
+
+
+def test_any_table_can_be_given():
+    config = TrainConfig(learning_rate=1.0, lr_rules="layers:0-9=1e-6, head = 3e-3,*=1e-5")
+    assert rules_of(config, 12)[:3] == [
+        *(Rule("layers:0-9", 1e-6), Rule("head", 3e-3), Rule("*", 1e-5)),
+    ]
+
+
+def test_the_first_rule_that_fits_decides():
+    """freeze before head_lr before lr_rules before layer_lr_decay."""
+    flags = dict(freeze="layers:0", head_lr=4.0, lr_rules="layers:0-1=2,head=3,pooler=5")
+    found = rates(table(3, learning_rate=1.0, layer_lr_decay=0.5, **flags))
+    by_group = {group_of(name): rate for name, rate in found.items()}
+    assert by_group == {
+        **{"embeddings": 0.0625, "layers:0": 0.0, "layers:1": 2.0, "layers:2": 0.5},
+        **{"pooler": 5.0, "head": 4.0},
+    }
+
+
+def test_a_span_holds_both_its_ends_and_counts_in_numbers():
+    """Compared as text, 10 would lie between 1 and 2."""
+    found = rates(table(12, learning_rate=1.0, freeze="layers:2-10"))
+    frozen = {group_of(name) for name, rate in found.items() if not rate}
+    assert frozen == {f"layers:{i}" for i in range(2, 11)}
+
+
+def test_every_parameter_is_in_one_row():
+    groups = table(freeze="layers:0", head_lr=1e-3)
+    names = [name for g in groups for name in g.names]
+    assert sorted(names) == sorted(name for name, _ in make_model().named_parameters())
+
+
+def test_norms_and_biases_are_not_decayed_and_frozen_rows_neither():
+    for g in table(weight_decay=0.25, freeze="layers:0", learning_rate=1.0):
+        vectors = all(name.endswith("bias") or ".norm." in name for name in g.names)
+        matrices = not any(name.endswith("bias") or ".norm." in name for name in g.names)
+        assert vectors or matrices
+        assert g.weight_decay == (0.25 if matrices and g.learning_rate else 0.0)
+
+
+@pytest.mark.parametrize("flags", [{}, {"freeze": "layers:0,embeddings"}, {"layer_lr_decay": 0.9}])
+def test_the_printed_numbers_add_up(flags):
+    model, groups = make_model(), table(**flags)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    lines = format_rules(groups).splitlines()
+    rows = [re.fullmatch(r"  (\S+) +([\d,]+) +(\S+) +(\S+)", line) for line in lines[1:-1]]
+    assert len(rows) == len(groups)
+    for row, g in zip(rows, groups, strict=True):
+        number = int(row[2].replace(",", ""))
+        assert number == g.numbers == sum(sizes[name] for name in g.names)
+        assert (row[3] == "frozen") == (g.learning_rate == 0)
+        assert float(row[4]) == g.weight_decay
+    total = re.fullmatch(r"  trained +([\d,]+)  of ([\d,]+)", lines[-1])
+    trained = sum(g.numbers for g in groups if g.learning_rate)
+    assert [int(x.replace(",", "")) for x in total.groups()] == [trained, sum(sizes.values())]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"freeze": "layers:5"}, r"no parameter is in 'layers:5': groups are embeddings, head, la"),
+        ({"freeze": "layer:0"}, "no parameter is in 'layer:0'"),
+        ({"freeze": "layers:1-0"}, "no parameter is in 'layers:1-0'"),
+        ({"lr_rules": "encoder=1e-3"}, "no parameter is in 'encoder'"),
+        ({"freeze": "*"}, "every parameter is frozen: leave one to train"),
+        ({"freeze": "embeddings,layers:0-1,pooler,head"}, "every parameter is frozen"),
+        ({"lr_rules": "*=0"}, "every parameter is frozen"),
+        ({"learning_rate": 0.0}, "every parameter is frozen"),
+    ],
+)
+def test_a_rule_that_cannot_be_meant_is_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        table(**flags)
+
+
+@pytest.mark.parametrize(
+    "text", ["head", "head=", "head=x", "head=-1", "head=nan", "head=inf", "head=1e3", "=", "a=b=1"]
+)
+def test_lr_rules_that_do_not_read_as_rules(text):
+    with pytest.raises(InputError, match="expected lr_rules as pattern=rate,") as caught:
+        rules_of(TrainConfig(lr_rules=text), 2)
+    assert repr(text) in str(caught.value)
+
+
+def test_rules_without_an_end_are_refused():
+    """From Python a table may lack the last rule that the flags always add."""
+    with pytest.raises(InputError, match=r"no rule for pooler.weight: end the rules with '\*=RATE"):
+        apply_rules(make_model(), [Rule("embeddings", 1.0), Rule("layers:0-9", 1.0)], 0.0)
+
+
+def test_a_later_table_thaws_what_an_earlier_one_froze():
+    model = make_model()
+    apply_rules(model, [Rule("embeddings", 0.0), Rule("*", 1.0)], 0.0)
+    apply_rules(model, [Rule("*", 1.0)], 0.0)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+FROZEN = pytest.mark.parametrize(
+    ("freeze", "trained"),
+    [
+        ("embeddings", {"layers:0", "layers:1", "pooler", "head"}),
+        ("embeddings,layers:0", {"layers:1", "pooler", "head"}),
+        ("layers:1", {"embeddings", "layers:0", "pooler", "head"}),
+        ("embeddings,layers:0-1,pooler", {"head"}),
+    ],
+)
+
+
+@FROZEN
+def test_a_step_changes_what_is_trained_and_nothing_else(freeze, trained):
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = TrainConfig(freeze=freeze, learning_rate=1e-2, max_steps=1, weight_decay=0.1)
+    for _ in train(model, EXAMPLES, config):
+        pass
+    for name, parameter in model.named_parameters():
+        same = torch.equal(parameter, before[name])
+        assert same == (group_of(name) not in trained), name
+
+
+@FROZEN
+def test_backward_stops_below_the_lowest_trained_group(freeze, trained):
+    """No gradient is computed for nothing: neither of a frozen parameter nor of an activation
+    below the lowest trained one."""
+    model, needed = make_model(), []
+    TrainState.new(model, TrainConfig(freeze=freeze))
+    for layer in model.bert.layers:
+        layer.register_forward_hook(lambda *args: needed.append(args[-1].requires_grad))
+    batch, task = collate(EXAMPLES, range(8)), Classification(("a", "b"))
+    task.loss(model(batch), batch, TORCH).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (group_of(name) in trained), name
+    groups = ["embeddings", "layers:0", "layers:1"]
+    lowest = min((groups.index(g) for g in trained if g in groups), default=math.inf)
+    assert needed == [lowest <= 1, lowest <= 2]
+
+
+def test_groups_learn_at_their_own_rates():
+    """A first Adam step is as long as the learning rate, whatever the gradient."""
+    model = make_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    flags = dict(learning_rate=1e-3, head_lr=1e-2, lr_rules="layers:1=1e-4", weight_decay=0.0)
+    for _ in train(model, EXAMPLES, TrainConfig(max_steps=1, adam_epsilon=1e-30, **flags)):
+        pass
+    for name, parameter in model.named_parameters():
+        longest = (parameter - before[name]).abs().max().item()
+        rate = {"head": 1e-2, "layers:1": 1e-4}.get(group_of(name), 1e-3)
+        assert longest == pytest.approx(rate, rel=0.01), name

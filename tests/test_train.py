@@ -1,0 +1,172 @@
+"""minift/train.py: one step means the same however it is cut, and the loop is the caller's."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_model, write_rows
+
+from minift.batch import Batches
+from minift.config import TrainConfig
+from minift.data import read_rows
+from minift.ops import TORCH
+from minift.tasks.classification import Classification
+from minift.train import Diverged, TrainState, compute_dtype, total_steps, train
+from minift.weights import load
+
+LABELS = ("neg", "pos")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    tiny_model(folder / "model", hidden_dropout_prob=0.3, attention_probs_dropout_prob=0.3)
+    write_rows(folder / "train.csv", 64)
+    return folder
+
+
+@pytest.fixture
+def model_and_examples(files):
+    model, tokenizer = load(files / "model", LABELS)
+    return model, Classification(LABELS).encode(read_rows(files / "train.csv"), tokenizer)
+
+
+def one_step(files, batch_size, accumulation, task=None, dtype="fp32"):
+    """Loss, norm and all gradients of the first step, with dropout."""
+    model, tokenizer = load(files / "model", LABELS)
+    examples = Classification(LABELS).encode(read_rows(files / "train.csv"), tokenizer)
+    config = TrainConfig(max_steps=1, max_grad_norm=0, learning_rate=0.0001, dtype=dtype)
+    state = TrainState.new(model, config)
+    grads = {}
+
+    def grab(*_):
+        grads.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    state.optimizer.register_step_pre_hook(grab)
+    batches = Batches(examples[:-1], batch_size, accumulation, seed=3)
+    (step,) = train(model, batches, config, task, state)
+    return step, grads
+
+
+@pytest.mark.parametrize(
+    "task", [None, Classification(LABELS, (0.2, 3.0), 0.1)], ids=["plain", "weights"]
+)
+@pytest.mark.parametrize(("size", "accumulation"), [(1, 8), (3, 3), (4, 2)], ids=str)
+def test_accumulation_is_the_same_step(files, size, accumulation, task):
+    """Batch 8 (or 9), and the same rows in micro-batches: loss and gradients to rounding, dropout on.
+    With class weights the micro-batches weigh differently: a mean of means would be wrong."""
+    whole, grads = one_step(files, size * accumulation, 1, task)
+    split, parts = one_step(files, size, accumulation, task)
+    assert split.tokens == whole.tokens
+    assert split.loss == pytest.approx(whole.loss, rel=1e-5)
+    for name, grad in grads.items():
+        scale = grad.abs().max().item() + 1e-8
+        assert (parts[name] - grad).abs().max().item() <= 2e-5 * scale, name
+
+
+def test_two_runs_have_the_same_bits(files):
+    a, b = one_step(files, 8, 2), one_step(files, 8, 2)
+    assert a[0].loss == b[0].loss
+    assert all(torch.equal(a[1][name], b[1][name]) for name in a[1])
+
+
+def test_loss_is_the_weighted_mean_of_torch(files, model_and_examples):
+    """sum(w * loss) / sum(w), as torch.nn.CrossEntropyLoss has it, smoothing included."""
+    model, examples = model_and_examples
+    task = Classification(LABELS, (0.2, 3.0), 0.1)
+    (batch,) = next(Batches(examples, 16).epoch(0))
+    logits = model(batch)
+    loss = task.loss(logits, batch, TORCH) / task.weight(batch)
+    reference = torch.nn.CrossEntropyLoss(torch.tensor([0.2, 3.0]), label_smoothing=0.1)
+    torch.testing.assert_close(loss, reference(logits, batch.targets))
+
+
+def test_first_step_is_adamws(files):
+    """One step against torch's AdamW and clip_grad_norm_ on the same gradients."""
+    model, tokenizer = load(files / "model", LABELS)
+    examples = Classification(LABELS).encode(read_rows(files / "train.csv"), tokenizer)
+    config = TrainConfig(max_steps=1, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.01)
+    _, grads = one_step(files, 32, 1)
+    twin, _ = load(files / "model", LABELS)
+    for name, p in twin.named_parameters():
+        p.grad = grads[name].clone()
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 0.01)
+    groups = [
+        {"params": [p for p in twin.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=1e-3).step()
+    list(train(model, Batches(examples[:-1], 32, 1, seed=3), config))
+    for (name, a), b in zip(model.named_parameters(), twin.named_parameters(), strict=True):
+        torch.testing.assert_close(a, b[1], msg=name, rtol=1e-4, atol=1e-6)
+
+
+def test_learns_and_the_caller_may_leave(tmp_path, model_and_examples):
+    model, _ = load(tiny_model(tmp_path, hidden_dropout_prob=0.0), LABELS)
+    losses = []
+    for step in train(
+        model, model_and_examples[1], TrainConfig(learning_rate=1e-3, num_train_epochs=40)
+    ):
+        losses.append(step.loss)
+        if step.loss < 0.2:
+            break
+    assert losses[0] > 0.5
+    assert losses[-1] < 0.2
+    assert step.index == len(losses) < step.total == 80
+
+
+def test_step_facts(model_and_examples):
+    model, examples = model_and_examples
+    config = TrainConfig(max_steps=5, per_device_train_batch_size=24, warmup_steps=2)
+    steps = list(train(model, examples, config))
+    assert [s.index for s in steps] == [1, 2, 3, 4, 5]
+    assert [s.examples for s in steps] == [24, 24, 16, 24, 24]
+    assert sum(s.tokens for s in steps[:3]) == sum(len(e.tokens) for e in examples)
+    assert steps[2].epoch == 1
+    assert [s.learning_rate for s in steps[:3]] == pytest.approx([0, 2.5e-5, 5e-5])
+
+
+def test_global_random_state_is_neither_read_nor_moved(model_and_examples):
+    model, examples = model_and_examples
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    list(train(model, examples, TrainConfig(max_steps=2)))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_bf16_keeps_fp32_masters_and_tiny_updates(model_and_examples):
+    """An update of 1e-6 on weights of size 0.1 is lost in bf16; the masters keep it."""
+    model, examples = model_and_examples
+    weight = model.bert.layers[0].mlp.up.weight
+    before = weight.detach().clone()
+    list(train(model, examples, TrainConfig(max_steps=1, learning_rate=1e-6, dtype="bf16")))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert (weight != before).float().mean() > 0.9
+    assert (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
+
+
+def test_not_finite_stops_before_the_step_with_the_rows(model_and_examples):
+    model, examples = model_and_examples
+    with torch.no_grad():
+        model.head.bias[0] = math.nan
+    before = model.bert.embeddings.word.weight.clone()
+    with pytest.raises(Diverged, match=r"step 1: loss nan, .* training rows \d+, \d+"):
+        list(train(model, examples, TrainConfig(max_steps=1)))
+    assert torch.equal(before, model.bert.embeddings.word.weight)
+
+
+def test_nothing_to_train_on(model_and_examples):
+    with pytest.raises(ValueError, match="expected examples to train on"):
+        next(train(model_and_examples[0], []))
+
+
+def test_total_steps():
+    assert total_steps(TrainConfig(num_train_epochs=2.5), 10) == 25
+    assert total_steps(TrainConfig(num_train_epochs=2.5, max_steps=7), 10) == 7
+
+
+def test_compute_dtype():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert compute_dtype(TrainConfig(), cpu) == torch.float32
+    assert compute_dtype(TrainConfig(), cuda) == torch.bfloat16
+    assert compute_dtype(TrainConfig(dtype="bf16"), cpu) == torch.bfloat16
