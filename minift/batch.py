@@ -102,7 +102,8 @@ class Batches:
 
     def order(self, epoch: int) -> np.ndarray:
         """(N,) a permutation of the examples, a function of (seed, epoch)."""
-        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=epoch))
+        # The epoch is the highest word of the counter: the streams of two epochs never meet.
+        generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch]))
         return generator.permutation(len(self.examples))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:

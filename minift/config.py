@@ -43,25 +43,34 @@ class ModelConfig:
         kind = raw.get("model_type")
         if kind != "bert":
             raise InputError(f"expected model_type 'bert' in config.json, got {kind!r}: use a BERT")
-        if raw.get("position_embedding_type", "absolute") != "absolute":
+        if raw.get("position_embedding_type") not in (None, "absolute"):
             raise InputError("expected absolute positions in config.json, got relative ones")
+        if raw.get("is_decoder"):
+            raise InputError("expected an encoder, config.json says is_decoder")
         act = raw.get("hidden_act", "gelu")
-        if act not in ACTIVATIONS:
+        if not isinstance(act, str) or act not in ACTIVATIONS:
             raise InputError(f"expected hidden_act {' or '.join(ACTIVATIONS)}, got {act!r}")
 
         def number(name, kind, default=None):
             value = raw.get(name)
             value = default if value is None else value
-            if not isinstance(value, (int, kind)) or isinstance(value, bool) or value < 0:
-                raise InputError(f"expected {name} in config.json as a number >= 0, got {value!r}")
+            low, high = (1, 2**31) if kind is int else (0, 1)  # fractions: dropout, eps, std
+            fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+            if not fits or not low <= value < high:  # NaN compares false
+                span = f"a number in [{low}, {high})"
+                raise InputError(f"expected {name} in config.json as {span}, got {value!r}")
             return kind(value)
 
         hidden_dropout = number("hidden_dropout_prob", float, 0.1)
         labels = raw.get("id2label") or {}
+        if not labels and "BertForSequenceClassification" in (raw.get("architectures") or ()):
+            labels = {"0": "LABEL_0", "1": "LABEL_1"}  # the only ones that files leave out
         try:
             labels = tuple(str(labels[k]) for k in sorted(labels, key=int))
         except (ValueError, TypeError, AttributeError):
             raise InputError(f"expected id2label as number -> name, got {labels!r}") from None
+        if len(set(labels)) < len(labels):
+            raise InputError(f"expected different names in id2label, got {', '.join(labels)}")
         config = ModelConfig(
             vocab_size=number("vocab_size", int),
             max_len=number("max_position_embeddings", int),
@@ -128,6 +137,8 @@ class TrainConfig:
     lr_rules: str = flag("", "any table, the first match counts: 'layers:0-9=1e-6,*=1e-5'")
 
     def __post_init__(self):
+        if not (self.num_train_epochs or self.max_steps):
+            raise InputError("expected num_train_epochs or max_steps above 0, got none")
         for name, low, high in (
             ("learning_rate", 0, 1e3), ("num_train_epochs", 0, 1e6), ("max_steps", 0, 1e12),
             ("per_device_train_batch_size", 1, 1e6), ("gradient_accumulation_steps", 1, 1e6),

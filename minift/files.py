@@ -1,5 +1,6 @@
 """Files that are whole or not there: written beside their place, flushed to the disk, renamed."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -42,11 +43,10 @@ def write_file(path: Path, content: bytes | Callable[[Path], None]) -> None:
         beside.replace(path)
         sync(path.parent)
     except (OSError, SafetensorError) as error:
-        beside.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -73,11 +73,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         beside.rename(path)
         sync(path.parent)
     except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
         raise cannot_write(path, error) from error
-    except BaseException:
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
 
 
 def make_folder(path: Path) -> None:

@@ -84,7 +84,11 @@ def find_checkpoint(run: RunConfig) -> Path | None:
         InputError: output_dir holds something else, or there is no such checkpoint.
     """
     wanted, output = run.resume_from_checkpoint, Path(run.output_dir)
-    if output.exists() and not output.is_dir():
+    try:
+        there = output.exists()
+    except OSError as error:  # a name that is too long
+        raise cannot_write(output, error) from None
+    if there and not output.is_dir():
         raise InputError(f"{output}: expected a folder for the output, found a file")
     if output.resolve() == Path(run.model_name_or_path).resolve():
         raise InputError(f"{output}: is the model's folder: choose another for the output")
@@ -164,6 +168,7 @@ class Run:
         self.progress = Progress(**saved["run"])
         remove_partial(self.output)
         with open(self.output / "metrics.jsonl", "ab") as log:
+            self.progress.log_bytes = min(self.progress.log_bytes, log.tell())
             log.truncate(self.progress.log_bytes)
         yield Notice(f"going on from {self.resume_from}")
         if saved["threads"] != torch.get_num_threads():

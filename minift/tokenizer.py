@@ -23,9 +23,6 @@ class Tokenizer:
     """A tokenizer and the number of tokens at which it cuts."""
 
     def __init__(self, backend: tokenizers.Tokenizer, settings: dict, max_length: int):
-        # A file may store truncation and padding (MiniLM's: both at 128): ours are arguments.
-        backend.no_padding()
-        backend.no_truncation()
         self.backend, self.settings, self.max_length = backend, settings, max_length
 
     @staticmethod
@@ -42,9 +39,13 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
         settings = read_json(path) if path.is_file() else {}
+        if not isinstance(settings, dict):
+            raise InputError(f"{path}: expected an object of settings")
         limit = settings.get("model_max_length")
-        if isinstance(limit, int | float) and 0 < limit < max_length:
+        if type(limit) in (int, float) and limit < max_length:
             max_length = int(limit)
+        if max_length < 3:  # a pair's special tokens
+            raise InputError(f"{folder}: expected room for 3 tokens or more, got {max_length}")
         path = next(
             (folder / n for n in ("tokenizer.json", "vocab.txt") if (folder / n).is_file()), None
         )
@@ -52,9 +53,16 @@ class Tokenizer:
             raise InputError(f"{folder}: expected tokenizer.json or vocab.txt, found neither")
         try:
             backend = _read(path, settings)
+            # A file may store truncation and padding (MiniLM's: both at 128): ours are arguments.
+            backend.no_padding()
+            backend.no_truncation()
+            empty = backend.encode("").ids
+            backend.encode("\u2603")  # a word that no vocabulary has: [UNK] must be there
         except Exception as error:  # the library raises bare Exception
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"{path}: not a tokenizer ({reason}): copy it again") from None
+        if len(empty) != 2:
+            raise InputError(f"{path}: expected [CLS] and [SEP] around a text, got ids {empty}")
         return Tokenizer(backend, settings, max_length)
 
     @property

@@ -109,9 +109,11 @@ def load_model(
     config = config if same else replace(config, labels=labels)
     if not config.labels:
         raise InputError(f"{folder}: config.json has no id2label: is this a trained classifier?")
-    model = BertClassifier(config)
-    for module in (model.pooler, model.head):
-        init_weights(module, config.init_std, seed)
+    try:
+        model = BertClassifier(config)
+    except RuntimeError:
+        raise InputError(f"{folder / 'config.json'}: asks for more memory than there is") from None
+    init_weights(nn.ModuleList([model.pooler, model.head]), config.init_std, seed)
     return model, read_weights(model, folder / "model.safetensors", keep_head=same, new=labels)
 
 
@@ -136,7 +138,7 @@ def read_weights(
     loaded, fresh = {}, {}
     try:
         with safe_open(path, "pt") as file:
-            stored = {_with_prefix(name): name for name in file.keys()}  # noqa: SIM118
+            stored = {_today(name): name for name in file.keys()}  # noqa: SIM118
             if not keep_head:
                 stored = {k: v for k, v in stored.items() if not k.startswith("classifier.")}
             for ours, parameter in parameters.items():
@@ -145,7 +147,7 @@ def read_weights(
                     tensors = [file.get_tensor(part) for part in parts]
                     _copy(parameter, tensors, ours, path)
                     loaded[ours] = parameter.numel()
-                elif any(parts) or new is None or not ours.startswith(NEW_ALLOWED):
+                elif new is None or not ours.startswith(NEW_ALLOWED):
                     raise InputError(
                         f"{path}: expected a tensor {names[ours][0]!r}, found none: "
                         "is this a BERT for this task?"
@@ -159,8 +161,12 @@ def read_weights(
     return LoadReport(loaded, fresh, ignored)
 
 
-def _with_prefix(name):
-    """A bare encoder's file (`encoder.layer.0...`) lacks the prefix that a classifier's has."""
+def _today(name):
+    """A name as files have it today: old ones say gamma and beta in norms, and a bare encoder's
+    (`encoder.layer.0...`) lacks the prefix that a classifier's has."""
+    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )
     bare = name.startswith(("embeddings.", "encoder.", "pooler."))
     return "bert." + name if bare else name
 

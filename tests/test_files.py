@@ -132,9 +132,6 @@ def test_no_folder(tmp_path):
     assert one_line(error).startswith(f"{path}: cannot be written (No such file or directory)")
 
 
-@pytest.mark.xfail(
-    strict=True, raises=OSError, reason="bug: unlink in the handler raises the OSError again"
-)
 @pytest.mark.parametrize("where", ["file/a.bin", "n" * 250])
 def test_a_path_that_cannot_be(tmp_path, where):
     """Under a file, and a name that is too long with what is put around it."""
