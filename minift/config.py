@@ -51,10 +51,10 @@ class ModelConfig:
         if not isinstance(act, str) or act not in ACTIVATIONS:
             raise InputError(f"expected hidden_act {' or '.join(ACTIVATIONS)}, got {act!r}")
 
-        def number(name, kind, default=None):
+        def number(name, kind, default=None, high=1):  # 1: dropout and eps are fractions
             value = raw.get(name)
             value = default if value is None else value
-            low, high = (1, 2**31) if kind is int else (0, 1)  # fractions: dropout, eps, std
+            low, high = (1, 2**31) if kind is int else (0, high)
             fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
             if not fits or not low <= value < high:  # NaN compares false
                 span = f"a number in [{low}, {high})"
@@ -84,7 +84,7 @@ class ModelConfig:
             hidden_dropout=hidden_dropout,
             attention_dropout=number("attention_probs_dropout_prob", float, 0.1),
             classifier_dropout=number("classifier_dropout", float, hidden_dropout),
-            init_std=number("initializer_range", float, 0.02),
+            init_std=number("initializer_range", float, 0.02, high=100),
             labels=labels,
             raw=dict(raw),
         )

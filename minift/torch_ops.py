@@ -27,14 +27,18 @@ def _keep(a: Tensor, b: Tensor, x: Tensor, p: float, dtype: torch.dtype) -> Tens
     return torch.ge(words, threshold(p), out=torch.empty(words.shape, dtype=dtype, device=x.device))
 
 
+def _keep_rows(x: Tensor, dropout: Dropout) -> Tensor:
+    """The mask of x (T, C), in its dtype."""
+    a, b = (words[:, :1] for words in row_words(dropout))
+    return _keep(a, b, dropout.columns[: x.shape[1]], dropout.p, x.dtype)
+
+
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """See `minift.kernels.dropout.dropout_ref`: (T, C) -> (T, C). None drops nothing."""
     if dropout is None:
         return x
-    a, b = (words[:, :1] for words in row_words(dropout))
-    keep = _keep(a, b, dropout.columns[: x.shape[1]], dropout.p, x.dtype)
     # The scale is a scalar of its own: in a bf16 mask 1 / (1 - 0.1) would be 0.16 % too small.
-    return (x * keep).mul_(1 / (1 - dropout.p))
+    return (x * _keep_rows(x, dropout)).mul_(1 / (1 - dropout.p))
 
 
 # ---------------------------------------------------------------- attention
@@ -153,7 +157,10 @@ def add_norm(
     """See `minift.kernels.add_norm.add_norm_ref`: the normed sum and the sum, (T, C) each."""
     check_add_norm(x, residual, norm)
     x = x if bias is None else x + bias.to(x.dtype)
-    s = residual + drop(x, dropout)
+    if dropout is None:
+        s = residual + x
+    else:
+        s = residual.addcmul(x, _keep_rows(x, dropout), value=1 / (1 - dropout.p))
     return F.layer_norm(s, s.shape[1:], norm.weight, norm.bias, norm.eps), s
 
 

@@ -111,7 +111,8 @@ def test_activations(activation, ours):
         ),
         (
             {"max_position_embeddings": None},
-            "expected max_position_embeddings in config.json as a number in [1, 2147483648), got None",
+            "expected max_position_embeddings in config.json as a number in [1, 2147483648), "
+            "got None",
         ),
         (
             {"layer_norm_eps": [1]},

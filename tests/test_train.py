@@ -53,7 +53,7 @@ def one_step(files, batch_size, accumulation, task=None, dtype="fp32"):
 )
 @pytest.mark.parametrize(("size", "accumulation"), [(1, 8), (3, 3), (4, 2)], ids=str)
 def test_accumulation_is_the_same_step(files, size, accumulation, task):
-    """Batch 8 (or 9), and the same rows in micro-batches: loss and gradients to rounding, dropout on.
+    """Batch 8 (or 9), and the same rows in micro-batches: loss and gradients to rounding, dropped.
     With class weights the micro-batches weigh differently: a mean of means would be wrong."""
     whole, grads = one_step(files, size * accumulation, 1, task)
     split, parts = one_step(files, size, accumulation, task)
