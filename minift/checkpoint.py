@@ -68,7 +68,7 @@ def load_checkpoint(path: Path, model: nn.Module, state: TrainState) -> dict[str
     Raises:
         InputError: a file is missing or damaged, or belongs to other parameters.
     """
-    saved = read_json(path / "state.json")
+    saved = read_json(path / "state.json", ("step", "threads", "run"))
     read_weights(model, path / "model.safetensors")
     try:
         moments = load_file(path / "optimizer.safetensors")

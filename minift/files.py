@@ -102,15 +102,23 @@ def remove_partial(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+def read_json(path: Path, names: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: of the file.
+        names: what it must have.
 
     Raises:
-        InputError: it is missing, unreadable or not JSON.
+        InputError: it is missing, unreadable, not JSON, not an object, or lacks a name.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: expected JSON, got {error}: is the file whole?") from None
+    if not isinstance(content, dict) or not content.keys() >= set(names):
+        wanted = f" with {', '.join(names)}" if names else ""
+        raise InputError(f"{path}: expected an object of settings{wanted}, got something else")
+    return content

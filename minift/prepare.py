@@ -14,7 +14,7 @@ from .data import Columns, Row, fingerprint, read_rows, stratified_split
 from .errors import InputError
 from .methods import format_rules
 from .ops import TABLES, Ops, ops_for
-from .tasks.classification import Classification, label_names
+from .tasks.classification import Classification, check_types, label_names
 from .tokenizer import Tokenizer
 from .train import TrainState, compute_dtype
 from .weights import check_vocabulary, load_model, read_config
@@ -165,6 +165,7 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     weights = Classification.weights(run.class_weights, labels, rows["train"])
     task = Classification(labels, weights, config.label_smoothing_factor)
     examples = yield from encode(run, rows, task, tokenizer)
+    check_types(examples["train"], model.config.n_types)
     check_metric(run.metric_for_best_model, task, examples["validation"])
     model.to(device)
     state = TrainState.new(model, config, ops)

@@ -150,7 +150,7 @@ class Run:
                 raise cannot_write(self.output, error) from None
             write_json(path, facts)
             return
-        before = read_json(path)
+        before = read_json(path, ("run", "config", "files"))
         differ = [
             f"{name} was {before[part].get(name)!r}, is {value!r}"
             for part in ("run", "config")

@@ -39,8 +39,6 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer_config.json"
         settings = read_json(path) if path.is_file() else {}
-        if not isinstance(settings, dict):
-            raise InputError(f"{path}: expected an object of settings")
         limit = settings.get("model_max_length")
         if type(limit) in (int, float) and limit < max_length:
             max_length = int(limit)

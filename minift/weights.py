@@ -80,8 +80,6 @@ def read_config(folder: Path) -> ModelConfig:
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a model folder, found none: check the path")
     raw = read_json(folder / "config.json")
-    if not isinstance(raw, dict):
-        raise InputError(f"{folder / 'config.json'}: expected an object of settings")
     try:
         return ModelConfig.from_hf(raw)
     except InputError as error:

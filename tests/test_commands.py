@@ -27,6 +27,7 @@ from tiny import (
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from minift.cli import main
+from minift.commands import verdict
 from minift.run import Progress, Run
 
 MINIFT = [sys.executable, "-m", "minift"]
@@ -359,7 +360,9 @@ def test_no_stdin_at_all(capsys, trained, monkeypatch):
 
 def test_a_person_sees_an_answer_before_the_next_line(trained):
     pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process = subprocess.Popen([*MINIFT, "predict", "--model", trained], **pipe, text=True)
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}  # hides it
+    command = [*MINIFT, "predict", "--model", trained]
+    process = subprocess.Popen(command, **pipe, text=True, env=environment)
     stuck = threading.Timer(90, process.kill)
     stuck.start()
     try:
@@ -405,17 +408,23 @@ def test_quiet_eval(capsys, trained, data):
 def test_a_model_that_learned_nothing_is_loud(train, capsys, tmp_path, data):
     """Also when quiet: this is not progress. Eval says it too."""
     result = train("--quiet", "--max_steps", 1, "--lr", 1e-9, "--lr_scheduler_type", "constant")
-    line = "WARNING: accuracy 0.5000 does not beat always answering the commonest label (0.5000)"
+    line = "does not beat always answering the commonest label (0.5000)"
     assert line in result.err
     flags = ("--data", data / "validation.jsonl", "--quiet")
     again = call(capsys, "eval", "--model", tmp_path / "out", *flags)
     assert line in again.err
-    assert again.summary["eval_accuracy"] == 0.5
+    assert again.summary["eval_accuracy"] <= 0.5
+
+
+@pytest.mark.parametrize(("accuracy", "loud"), [(0.4, True), (0.5, True), (0.51, False)])
+def test_as_good_as_the_commonest_label_is_not_good(capsys, accuracy, loud):
+    verdict({"eval_accuracy": accuracy, "eval_majority_accuracy": 0.5}, "eval_")
+    assert ("WARNING" in capsys.readouterr().err) == loud
 
 
 def test_texts_that_are_cut_are_counted(train, data, tmp_path):
-    """Loud when more than one in twenty is."""
-    result = train("--max_steps", 1, "--max_seq_length", 7)
+    """Loud, even when quiet, when more than one in twenty is."""
+    result = train("--max_steps", 1, "--max_seq_length", 7, "--quiet")
     # "the film was good and it is" and two specials: 9 tokens; without the end: 6
     assert re.search("WARNING: train: 16 of 80 texts .* 7 tokens.* cut", result.err)
     assert "cut" not in train("--max_steps", 1, output="long").err

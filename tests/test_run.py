@@ -729,21 +729,16 @@ def test_a_run_that_is_told_to_stop_can_go_on(capsys, model, data, tmp_path, num
         assert steps == list(range(1, 301))
 
 
-# ---------------------------------------- mistakes that are known and not yet mended: see `broken`
-
-
-def broken(*values):
-    """A case that fails today; once it passes, this mark has to go."""
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True))
+# ------------------------------------------------------------------ mistakes of other kinds
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        broken(("--device", "mps")),
-        broken(("--device", "meta")),
-        broken(("--num_train_epochs", 0, "--max_steps", 0)),
-        broken(("--output", "x" * 300)),
+        ("--device", "mps"),
+        ("--device", "meta"),
+        ("--num_train_epochs", 0, "--max_steps", 0),
+        ("--output", "x" * 300),
     ],
 )
 def test_a_flag_that_cannot_be_followed(train, tmp_path, flags):
@@ -754,8 +749,8 @@ def test_a_flag_that_cannot_be_followed(train, tmp_path, flags):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        broken("a.csv", "text,label\n" + "good,--1\nbad,1\n" * 9),  # not a number to int()
-        broken("a.csv", "text,text2,label\n" + "good,bad,1\nbad,good,0\n" * 9),  # one row of types
+        ("a.csv", "text,label\n" + "good,--1\nbad,1\n" * 9),  # not a number to int()
+        ("a.csv", "text,text2,label\n" + "good,bad,1\nbad,good,0\n" * 9),  # one row of types
     ],
 )
 def test_data_that_the_model_cannot_take(train, tmp_path, name, content):
@@ -771,9 +766,9 @@ def test_data_that_the_model_cannot_take(train, tmp_path, name, content):
 @pytest.mark.parametrize(
     ("file", "content"),
     [
-        broken("tokenizer_config.json", "[]"),
-        broken("config.json", json.dumps(tiny_config(hidden_dropout_prob=1.0))),
-        broken("config.json", json.dumps(tiny_config(hidden_dropout_prob=1.5))),
+        ("tokenizer_config.json", "[]"),
+        ("config.json", json.dumps(tiny_config(hidden_dropout_prob=1.0))),
+        ("config.json", json.dumps(tiny_config(hidden_dropout_prob=1.5))),
     ],
 )
 def test_settings_of_a_model_that_cannot_be(refused, tmp_path, file, content):
@@ -782,13 +777,12 @@ def test_settings_of_a_model_that_cannot_be(refused, tmp_path, file, content):
     refused(model=folder, parts=(str(folder / file),))
 
 
-@pytest.mark.parametrize("file", [broken("run.json"), broken("checkpoint-6/state.json")])
+@pytest.mark.parametrize("file", ["run.json", "checkpoint-6/state.json"])
 def test_json_of_another_kind(train, finished, file):
     (finished / file).write_text("{}")
     assert_one_line(train(*SIX, "--resume_from_checkpoint", "auto"), str(finished / file))
 
 
-@pytest.mark.xfail(strict=True)
 def test_a_lost_log_is_not_filled_with_zeros(train, finished):
     shutil.rmtree(finished / "checkpoint-6")
     (finished / "metrics.jsonl").unlink()
@@ -796,7 +790,6 @@ def test_a_lost_log_is_not_filled_with_zeros(train, finished):
     assert b"\0" not in (finished / "metrics.jsonl").read_bytes()
 
 
-@pytest.mark.xfail(strict=True)
 def test_odd_labels_keep_a_message_on_one_line(refused, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": "x\\ny"}\n{"text": "b", "label": "z"}\n' * 9)

@@ -1,5 +1,6 @@
 """Classification: rows of text, or pairs, to one label each."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ def label_names(rows: Sequence[Row], path: str | Path = "training rows") -> tupl
     labels = {row.label for row in rows}
     if len(labels) < 2:
         raise InputError(f"{path}: expected two labels or more, every row says {labels.pop()!r}")
-    if all(label.lstrip("-").isdecimal() for label in labels):
+    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
         return tuple(sorted(labels, key=lambda label: (int(label), label)))
     return tuple(sorted(labels))
 
@@ -137,6 +138,12 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
+def check_types(examples: Sequence[Example], n_types: int) -> None:
+    """Raises InputError when a pair of texts meets a model that knows one type of text."""
+    if any(example.types and example.types[-1] >= n_types for example in examples):
+        raise InputError(f"the model has {n_types} type of text, pairs need 2: use another model")
+
+
 @torch.no_grad()
 def logits_of(
     model: nn.Module,
@@ -144,7 +151,12 @@ def logits_of(
     dtype: torch.dtype = torch.float32,
     ops: Ops | None = None,
 ) -> np.ndarray:
-    """(N, labels) float32, in the order of `examples`; nothing is dropped."""
+    """(N, labels) float32, in the order of `examples`; nothing is dropped.
+
+    Raises:
+        InputError: see `check_types`.
+    """
+    check_types(examples, model.config.n_types)
     device = next(model.parameters()).device
     ops = ops or ops_for(device)
     out = np.empty((len(examples), len(model.config.labels)), np.float32)
