@@ -36,7 +36,7 @@ def cross_entropy_ref(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = logits - logits.logsumexp(-1, keepdim=True)
     weight = logits.new_ones(logits.shape[1]) if weight is None else weight
-    t = target.clamp(min=0)
+    t = target.masked_fill(target == IGNORE_INDEX, 0)
     nll = -weight[t] * logp.gather(1, t[:, None])[:, 0]
     smooth = -(weight * logp).mean(-1)
     loss = (1 - label_smoothing) * nll + label_smoothing * smooth

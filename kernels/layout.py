@@ -47,8 +47,8 @@ class Layout:
     lengths: tuple[int, ...]      # (B,) rows of each sequence, on the host
     cu_seqlens: Tensor            # (B + 1,) int32: b is rows cu_seqlens[b] : cu_seqlens[b + 1]
     rows: int                     # T, slack included
-    first: Tensor                 # (B,) int64: first row of each sequence
-    last: Tensor                  # (B,) int64: last row of each sequence
+    first: Tensor                 # (B,) int64: first row of each sequence that has one
+    last: Tensor                  # (B,) int64: last row of each sequence that has one
     groups: tuple[Group, ...]
 
     @staticmethod
@@ -114,6 +114,7 @@ def _group(start, lengths, longest):
     size = torch.tensor(lengths)
     real = torch.arange(longest) < size[:, None]                      # (n, length)
     scatter = real.flatten().nonzero()[:, 0]                          # cells that hold a row
-    gather = torch.zeros(n * longest, dtype=torch.int64)              # padded cells repeat row 0
+    # A padded cell repeats its own sequence's first row: a NaN stays in its sequence.
+    gather = (size.cumsum(0) - size).repeat_interleave(longest)
     gather[scatter] = torch.arange(stop - start)
     return Group(start, stop, n, longest, gather, scatter, real.float())

@@ -107,9 +107,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     subs["inspect"].add_argument("model", metavar="DIR", help="a model folder")
     demo = subs["demo"]
     demo.add_argument("--output_dir", "--output", default="minift-demo", help="(%(default)s)")
-    demo.add_argument(
-        "--epochs", type=float, default=2.0, help="passes over the data (%(default)s)"
-    )
+    demo.add_argument("--epochs", type=float, help="(2, or 1 on a CPU without bf16)")
     demo.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     return parser, subs
 

@@ -1,6 +1,7 @@
 """What each command does and prints: results to stdout, progress to stderr."""
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -209,6 +210,7 @@ def texts(args: argparse.Namespace, columns: Columns) -> Iterator[list[Row]]:
 
 def stdin_row(line: bytes, number: int) -> Row:
     """A line of stdin as a row."""
+    line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
     try:
         return Row(line.decode().removesuffix("\r"), None, None, number)
     except UnicodeDecodeError as error:

@@ -27,25 +27,37 @@ def _keep(a: Tensor, b: Tensor, x: Tensor, p: float, dtype: torch.dtype) -> Tens
     return torch.ge(words, threshold(p), out=torch.empty(words.shape, dtype=dtype, device=x.device))
 
 
-def _keep_rows(x: Tensor, dropout: Dropout) -> Tensor:
-    """The mask of x (T, C), in its dtype."""
-    a, b = (words[:, :1] for words in row_words(dropout))
-    return _keep(a, b, dropout.columns[: x.shape[1]], dropout.p, x.dtype)
+class _Drop(torch.autograd.Function):
+    """x * keep * scale. By hand, because autograd would round the scale to the dtype of x: in bf16
+    1 / (1 - 0.1) becomes 0.16 % too small. As a factor of its own it is multiplied in fp32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+        ctx.save_for_backward(keep)
+        ctx.scale = scale
+        return (x * keep).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout: Tensor):
+        (keep,) = ctx.saved_tensors
+        return (dout * keep).mul_(ctx.scale), None, None
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """See `minift.kernels.dropout.dropout_ref`: (T, C) -> (T, C). None drops nothing."""
     if dropout is None:
         return x
-    # The scale is a scalar of its own: in a bf16 mask 1 / (1 - 0.1) would be 0.16 % too small.
-    return (x * _keep_rows(x, dropout)).mul_(1 / (1 - dropout.p))
+    a, b = (words[:, :1] for words in row_words(dropout))
+    keep = _keep(a, b, dropout.columns[: x.shape[1]], dropout.p, x.dtype)
+    return _Drop.apply(x, keep, 1 / (1 - dropout.p))
 
 
 # ---------------------------------------------------------------- attention
 
 
 def _rectangle(x: Tensor, group: Group) -> Tensor:
-    """(T, heads, ...) -> (heads, n, L, ...), a view or a gather. Padded cells repeat a row."""
+    """(T, heads, ...) -> (heads, n, L, ...): a view, or a gather with repeats as padding."""
     x = x[group.start : group.stop]
     x = x if group.gather is None else x.index_select(0, group.gather)
     return x.view(group.n, group.length, *x.shape[1:]).movedim(2, 0)
@@ -157,10 +169,7 @@ def add_norm(
     """See `minift.kernels.add_norm.add_norm_ref`: the normed sum and the sum, (T, C) each."""
     check_add_norm(x, residual, norm)
     x = x if bias is None else x + bias.to(x.dtype)
-    if dropout is None:
-        s = residual + x
-    else:
-        s = residual.addcmul(x, _keep_rows(x, dropout), value=1 / (1 - dropout.p))
+    s = residual + drop(x, dropout)
     return F.layer_norm(s, s.shape[1:], norm.weight, norm.bias, norm.eps), s
 
 
@@ -196,7 +205,7 @@ def cross_entropy(
     return F.cross_entropy(
         logits.to(torch.promote_types(logits.dtype, torch.float32)),
         target,
-        weight,
+        None if weight is None else weight.to(torch.promote_types(logits.dtype, torch.float32)),
         ignore_index=IGNORE_INDEX,
         reduction="none",
         label_smoothing=label_smoothing,

@@ -107,6 +107,21 @@ def test_eps_is_added_to_the_variance():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_scales_without_bias(dtype):
+    """The mean of kept elements is over 1 - p in s and in dx: roundings go either way."""
+    torch.manual_seed(0)
+    x, ds = (torch.rand(2, 500, 64, device=DEVICE) + 0.1).to(dtype)
+    dropout, keep = drawn(500, 64, 0.1)
+    x.requires_grad_()
+    norm = Norm(*torch.ones(2, 64, device=DEVICE), EPS)
+    _, s = TORCH.add_norm(x, torch.zeros_like(x), norm, None, dropout)
+    s.backward(ds)
+    for scaled, plain in ((s, x), (x.grad, ds)):
+        ratio = (scaled.double() / plain.double())[keep].mean().item()
+        assert ratio * 0.9 == pytest.approx(1, abs=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropped_elements_have_no_gradient(dtype):
     """dx is 0 exactly where x + bias was dropped; the residual's is not."""
     inputs, upstream = make(64, 32, dtype)

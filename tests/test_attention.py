@@ -362,3 +362,14 @@ def test_dropout_follows_the_token_not_the_batch():
 def test_what_does_not_fit_is_named(shape, n_head, message):
     with pytest.raises(ValueError, match=message):
         TORCH.attention(torch.zeros(shape), Layout.pack([3, 5]), n_head)
+
+
+def test_a_nan_stays_in_its_sequence():
+    """Also where two sequences share one padded product."""
+    layout = Layout.pack([3, 5])
+    assert len(layout.groups) == 1
+    qkv = torch.randn(8, 3, 4, generator=torch.Generator().manual_seed(0))
+    qkv[0] = torch.nan
+    out = TORCH.attention(qkv, layout, 1)
+    assert out[:3].isnan().all()
+    assert not out[3:].isnan().any()

@@ -265,10 +265,13 @@ def test_drop_equals_the_definition_at_one_half(dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_drop_is_unbiased(dtype):
-    """Rounding may go either way, but the mean of what is kept is x / (1 - p)."""
-    _, actual, _, exact, keep = dropped_pair(dtype, 0.1)
+    """Rounding may go either way, but the mean of what is kept is x / (1 - p), backward too."""
+    x, actual, _, exact, keep = dropped_pair(dtype, 0.1)
     bias = (actual.double()[keep] / exact[keep]).mean().item() - 1
     assert abs(bias) < 1e-4
+    leaf = torch.ones_like(x).requires_grad_()
+    TORCH.drop(leaf, drawn(many_rows()[:500], columns=40).at(1, 0.1)).backward(x)
+    assert torch.equal(leaf.grad, actual)  # the same multiplication
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
