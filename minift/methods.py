@@ -33,6 +33,7 @@ class ParamGroup:
     """A row of the table that is printed, and a group of the optimizer."""
 
     pattern: str
+    matrices: bool  # or the norms and biases, which are never decayed
     names: tuple[str, ...]
     numbers: int
     learning_rate: float
@@ -109,6 +110,7 @@ def apply_rules(model: nn.Module, rules: list[Rule], weight_decay: float) -> lis
     return [
         ParamGroup(
             pattern=rules[index].pattern,
+            matrices=decayed,
             names=tuple(name for name, _ in members),
             numbers=sum(numel for _, numel in members),
             learning_rate=rules[index].learning_rate,
@@ -122,10 +124,11 @@ def apply_rules(model: nn.Module, rules: list[Rule], weight_decay: float) -> lis
 
 def format_rules(groups: list[ParamGroup]) -> str:
     """The table as text, with the number of parameters in each row."""
-    lines = ["  rule             parameters  learning rate  weight decay"]
+    lines = ["  rule                              parameters  learning rate  weight decay"]
     for g in groups:
         rate = f"{g.learning_rate:.3g}" if g.learning_rate else "frozen"
-        lines.append(f"  {g.pattern:<14} {g.numbers:>12,}  {rate:>13}  {g.weight_decay:>12g}")
+        what = g.pattern + (", matrices" if g.matrices else ", norms and biases")
+        lines.append(f"  {what:<31} {g.numbers:>12,}  {rate:>13}  {g.weight_decay:>12g}")
     trained = sum(g.numbers for g in groups if g.learning_rate)
     total = sum(g.numbers for g in groups)
-    return "\n".join([*lines, f"  trained        {trained:>12,}  of {total:,}"])
+    return "\n".join([*lines, f"  {'trained':<31} {trained:>12,}  of {total:,}"])

@@ -117,7 +117,9 @@ def test_the_printed_numbers_add_up(flags):
     model, groups = make_model(), table(**flags)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     lines = format_rules(groups).splitlines()
-    rows = [re.fullmatch(r"  (\S+) +([\d,]+) +(\S+) +(\S+)", line) for line in lines[1:-1]]
+    rows = [
+        re.fullmatch(r"  (\S+, [a-z ]+\w) +([\d,]+) +(\S+) +(\S+)", line) for line in lines[1:-1]
+    ]
     assert len(rows) == len(groups)
     for row, g in zip(rows, groups, strict=True):
         number = int(row[2].replace(",", ""))
