@@ -171,7 +171,7 @@ class RunConfig:
     eval_steps: int = flag(0, "steps between evaluations; 0: after every epoch")
     save_steps: int = flag(0, "steps between checkpoints; 0: at every evaluation")
     save_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
-    metric_for_best_model: str = flag("accuracy", "any metric; of loss the smallest")
+    metric_for_best_model: str = flag("accuracy", "any metric; of loss the smallest; ties: by loss")
     early_stopping_patience: int = flag(0, "stop after so many evaluations without gain; 0: never")
     resume_from_checkpoint: str = flag("", "'auto': the newest in output_dir, if any; or a folder")
     overwrite_output_dir: bool = flag(False, "delete what an earlier run left in output_dir")

@@ -205,8 +205,11 @@ class Run:
         name = self.run.metric_for_best_model.removeprefix("eval_")
         value = metrics[name]
         gain = -1e300 if value is None else -value if name == "loss" else value
-        best = progress.best is None or gain > progress.best
-        progress.without_gain = 0 if best else progress.without_gain + 1
+        gained = progress.best is None or gain > progress.best
+        # Of two models that are as good, the surer one: small validation sets tie early.
+        lower = math.inf if metrics["loss"] is None else metrics["loss"]
+        best = gained or (gain == progress.best and lower < progress.best_metrics["eval_loss"])
+        progress.without_gain = 0 if gained else progress.without_gain + 1
         events = {f"eval_{k}": v for k, v in metrics.items()}
         if best:
             progress.best, progress.best_step, progress.best_metrics = gain, step.index, events
