@@ -683,3 +683,13 @@ def test_demo_leaves_foreign_folders_alone(capsys, tmp_path):
     assert result.status == 2
     assert f"{tmp_path}: is there already and not a demo's" in result.err
     assert contents(tmp_path) == {"mine.txt": b"mine"}
+
+
+def test_the_demo_runs_to_its_end(tmp_path):
+    """On real weights and this Python's own docstrings; a twentieth of an epoch."""
+    command = [*MINIFT, "demo", "--epochs", "0.05", "--quiet", "--output", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "open a TCP connection and read bytes" in done.stdout
+    assert json.loads(done.stdout.strip().split("\n")[-1])["steps"] > 5
+    assert (tmp_path / "demo" / "model" / "model.safetensors").is_file()
