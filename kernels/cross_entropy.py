@@ -2,8 +2,9 @@
 
 Math        One row x of V logits with target t, class weights w, smoothing e:
                 lse  = log sum_v exp(x_v),   logp_v = x_v - lse
-                loss = -(1 - e) * w_t * logp_t - e / V * sum_v w_v * logp_v
-                dx_v = dloss * (q_v * sum - target_v)   (softmax minus the smoothed target)
+                c_v  = (1 - e) * w_t * [v == t] + e / V * w_v
+                loss = -sum_v c_v * logp_v
+                dx_v = dloss * (exp(logp_v) * sum_k c_k - c_v)
             A row whose target is IGNORE_INDEX has loss 0 and gradient 0. The mean that torch
             reports divides the sum of losses by the sum of w_t: dividing is the caller's, who may
             accumulate over several batches first.

@@ -11,9 +11,10 @@ Math        An element has a row (an example and a position in it), a column, an
                 word           = a * x + b                                       mod 2^32
                 keep           = word >= p * 2^32;   kept values are divided by 1 - p
 
-            Any two elements of a row, at one place or at two, have a uniform pair of words, since
-            r is uniform; rows are independent. The kept fraction is exact to 2^-32. An element
-            costs a multiply-add and a compare; Philox, 10 rounds, runs once a step for T rows.
+            r is uniform, so a word is, and so is the pair of words of two elements of a row, but
+            for as many low bits as the difference of their columns (or places) ends in zeros: a
+            few, of 32. Rows are independent. The kept fraction is exact to 2^-32. An element costs
+            a multiply-add and a compare; Philox, 10 rounds, runs once a step for T rows.
 
 Why         The mask of a token depends on nothing beside it: not on the batch it is packed into,
             on accumulation, ranks, tiles, or on how often a run was stopped and resumed. Forward
