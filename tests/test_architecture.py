@@ -24,6 +24,8 @@ MAY_IMPORT = {
     "minift/layers.py": {"ops"},
     "minift/bert.py": {"config", "ops", "batch", "layers"},
     "minift/tokenizer.py": {"files"},
+    "minift/storage.py": {"files"},
+    "minift/hub.py": {"storage"},
     "minift/weights.py": {"config", "files", "layers", "bert", "tokenizer"},
     "minift/methods.py": {"config"},
     "minift/optim.py": {"config", "methods", "ops"},
