@@ -155,7 +155,7 @@ def read_index(path: Path) -> dict[str, Path]:
     """
     shards = read_json(path, ("weight_map",))["weight_map"]
     if not isinstance(shards, dict) or not shards:
-        raise InputError(f"{path}: expected tensors and their files in weight_map, got {shards!r}")
+        raise InputError(f"{path}: expected tensors and their files in weight_map, got none")
     for shard in dict.fromkeys(map(str, shards.values())):
         if os.path.isabs(shard) or ".." in Path(shard).parts:
             raise InputError(f"{path}: expected files of its own folder, got {shard!r}")

@@ -406,7 +406,7 @@ def test_not_an_index(index):
         assert "weight_map" in fails(index)
     for places in ({}, [], "x", None):
         write_index(index, places)
-        assert fails(index) == f"expected tensors and their files in weight_map, got {places!r}"
+        assert fails(index) == "expected tensors and their files in weight_map, got none"
     for shard in (None, 3, {"x": 1}, "", "a\0b", "n" * 300):
         write_index(index, {"a": shard})
         assert "that it names is not there" in fails(index)
