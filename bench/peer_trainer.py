@@ -95,9 +95,7 @@ def run(args: argparse.Namespace) -> dict:
         "dtype": args.dtype,
         "seed": args.seed,
         "epochs": args.epochs,
-        "eval_accuracy": float(
-            (np.argmax(predicted.predictions, -1) == predicted.label_ids).mean()
-        ),
+        "eval_accuracy": accuracy,
         "train_runtime": seconds,
         "tokens_per_second": tokens / seconds,
         "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
