@@ -1,7 +1,7 @@
 """Checkpoints: everything a resume needs, whole or not there.
 
     checkpoint-120/    config.json model.safetensors tokenizer.json tokenizer_config.json
-                       optimizer.safetensors    moments and step counts, by parameter name
+                       optimizer.safetensors    what the optimizer keeps, by parameter name
                        state.json               steps done, and what the run remembers
 
 Data order and dropout are functions of the seed and the step, so no random state is kept. The same
@@ -20,6 +20,7 @@ from torch import nn
 
 from .errors import InputError
 from .files import cannot_write, read_json, write_file, write_folder, write_json
+from .optim import kept
 from .tokenizer import Tokenizer
 from .train import TrainState
 from .weights import read_weights, save_model
@@ -80,16 +81,18 @@ def load_checkpoint(path: Path, model: nn.Module, state: TrainState) -> dict[str
         kind, _, parameter = name.partition(".")
         kinds.setdefault(parameter, {})[kind] = tensor
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    if saved["step"] and set(kinds) != set(trained):
+    expected = kept(state.optimizer) if saved["step"] else set()
+    found = {(name, kind) for name, tensors in kinds.items() for kind in tensors}
+    if found != {(name, kind) for name in trained for kind in expected}:
         raise InputError(f"{path}: the optimizer's parameters are others: same method and flags?")
     state.optimizer.state.clear()
     for name, tensors in kinds.items():
         # Copies: the file's own tensors may lie at odd addresses, where sums round otherwise.
-        # Torch's load_state_dict would cast moments to the dtype of the parameter.
+        # Torch's load_state_dict would cast moments to the dtype of the parameter. Fused
+        # optimizers want the step count on the device too.
         device = trained[name].device
         state.optimizer.state[trained[name]] = {
-            kind: tensor.to(device if tensor.ndim else "cpu").clone()
-            for kind, tensor in tensors.items()
+            kind: tensor.to(device).clone() for kind, tensor in tensors.items()
         }
     state.step = saved["step"]
     return saved

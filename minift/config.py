@@ -1,7 +1,7 @@
 """What a model is (ModelConfig), how it is trained (TrainConfig), what one run reads and writes
 (RunConfig). Fields of the last two are the command line's flags and a TOML file's names."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import InputError
@@ -122,7 +122,10 @@ class TrainConfig:
     warmup_steps: float = flag(0.0, "steps of linear warm-up; below 1: a share of all steps")
     lr_scheduler_type: str = flag("linear", "after warm-up",
                                   choices=("linear", "cosine", "constant"))
-    weight_decay: float = flag(0.01, "decoupled decay of matrices; norms and biases have none")
+    weight_decay: float = flag(0.01, "decay of matrices; norms and biases have none")
+    optim: str = flag("adamw", "adamw decays the weights themselves; adam and sgd as L2, in the "
+                      "gradient", choices=("adamw", "adam", "sgd"))
+    momentum: float = flag(0.9, "share of the last update that an sgd step keeps")
     adam_beta1: float = flag(0.9, "decay of the first moment")
     adam_beta2: float = flag(0.999, "decay of the second moment")
     adam_epsilon: float = flag(1e-8, "added to the root of the second moment")
@@ -142,14 +145,18 @@ class TrainConfig:
         for name, low, high in (
             ("learning_rate", 0, 1e3), ("num_train_epochs", 0, 1e6), ("max_steps", 0, 1e12),
             ("per_device_train_batch_size", 1, 1e6), ("gradient_accumulation_steps", 1, 1e6),
-            ("warmup_steps", 0, 1e12), ("weight_decay", 0, 1e3), ("adam_beta1", 0, 0.999999),
-            ("adam_beta2", 0, 0.9999999), ("adam_epsilon", 0, 1), ("max_grad_norm", 0, 1e9),
-            ("label_smoothing_factor", 0, 1), ("seed", 0, 2**63 - 1), ("layer_lr_decay", 0, 1),
-            ("head_lr", 0, 1e3),
+            ("warmup_steps", 0, 1e12), ("weight_decay", 0, 1e3), ("momentum", 0, 0.999999),
+            ("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.9999999), ("adam_epsilon", 0, 1),
+            ("max_grad_norm", 0, 1e9), ("label_smoothing_factor", 0, 1), ("seed", 0, 2**63 - 1),
+            ("layer_lr_decay", 0, 1), ("head_lr", 0, 1e3),
         ):
             value = getattr(self, name)
             if not low <= value <= high:  # NaN compares false
                 raise InputError(f"expected {name} between {low:g} and {high:g}, got {value}")
+        for f in fields(self):
+            value, choices = getattr(self, f.name), f.metadata["choices"]
+            if choices and value not in choices:
+                raise InputError(f"expected {f.name} {' or '.join(choices)}, got {value!r}")
 
 
 @dataclass(frozen=True)

@@ -35,19 +35,31 @@ def schedule(step: int, total: int, config: TrainConfig) -> float:
 def make_optimizer(
     model: nn.Module, groups: list[ParamGroup], config: TrainConfig, ops: Ops
 ) -> torch.optim.Optimizer:
-    """AdamW over the trained rows of the table; each group keeps its peak rate as `peak_lr`."""
+    """The optimizer over the trained rows of the table; groups keep their peak rate as `peak_lr`.
+
+    AdamW is that of `ops`; Adam and SGD, which add the decay to the gradient, are torch's.
+    """
     parameters = dict(model.named_parameters())
-    return ops.adamw(
-        [
-            {
-                "params": [parameters[name] for name in g.names],
-                "lr": g.learning_rate,
-                "peak_lr": g.learning_rate,
-                "weight_decay": g.weight_decay,
-            }
-            for g in groups
-            if g.learning_rate
-        ],
-        betas=(config.adam_beta1, config.adam_beta2),
-        eps=config.adam_epsilon,
-    )
+    trained = [
+        {
+            "params": [parameters[name] for name in g.names],
+            "lr": g.learning_rate,
+            "peak_lr": g.learning_rate,
+            "weight_decay": g.weight_decay,
+        }
+        for g in groups
+        if g.learning_rate
+    ]
+    if config.optim == "sgd":
+        return torch.optim.SGD(trained, momentum=config.momentum, fused=True)
+    betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
+    if config.optim == "adam":
+        return torch.optim.Adam(trained, betas=betas, eps=eps, fused=True)
+    return ops.adamw(trained, betas=betas, eps=eps)
+
+
+def kept(optimizer: torch.optim.Optimizer) -> set[str]:
+    """What an optimizer keeps of a parameter from its first step on, by its names in `state`."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return {"momentum_buffer"} if optimizer.defaults["momentum"] else set()
+    return {"step", "exp_avg", "exp_avg_sq"}

@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "minift/optim.py": {"config", "methods", "ops"},
     "minift/tasks/classification.py": {"batch", "data", "metrics", "ops", "tokenizer"},
     "minift/train.py": {"batch", "config", "methods", "ops", "optim", "tasks"},
-    "minift/checkpoint.py": {"files", "tokenizer", "train", "weights"},
+    "minift/checkpoint.py": {"files", "optim", "tokenizer", "train", "weights"},
     "minift/prepare.py": {"batch", "config", "data", "methods", "ops", "tasks", "tokenizer",
                           "train", "weights"},
     "minift/run.py": {"checkpoint", "config", "files", "prepare", "tasks", "train", "weights"},

@@ -159,6 +159,52 @@ def test_moments_come_back_bit_for_bit(trained, files, tmp_path):
         assert torch.equal(a, b), name
 
 
+ADAM = {"step", "exp_avg", "exp_avg_sq"}
+OPTIMIZERS = {  # flags, and what is kept of each parameter
+    "adamw": ({"optim": "adamw"}, ADAM),
+    "adam": ({"optim": "adam"}, ADAM),
+    "sgd": ({"optim": "sgd"}, {"momentum_buffer"}),
+    "plain sgd": ({"optim": "sgd", "momentum": 0.0}, set()),
+}
+
+
+def two_steps(files: Path, output: Path, flags: dict) -> tuple:
+    """A run that stops after two steps of five; its configuration, data, and checkpoint."""
+    model, tokenizer = load(files / "model", ("neg", "pos"))
+    examples = Classification(("neg", "pos")).encode(read_rows(files / "train.csv"), tokenizer)
+    config, batches = TrainConfig(max_steps=5, learning_rate=1e-2, **flags), Batches(examples, 8)
+    state = TrainState.new(model, config)
+    steps = train(model, batches, config, state=state)
+    next(steps), next(steps)
+    return config, batches, save_checkpoint(output, model, tokenizer, state, {})
+
+
+@pytest.mark.parametrize(("flags", "kept"), OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_every_optimizer_resumes_to_the_bits_of_the_run_that_went_on(files, tmp_path, flags, kept):
+    config, batches, path = two_steps(files, tmp_path, flags)
+    whole, resumed = (load(files / "model", ("neg", "pos"))[0] for _ in range(2))
+    names = {f"{kind}.{name}" for kind in kept for name, _ in whole.named_parameters()}
+    assert load_file(path / "optimizer.safetensors").keys() == names
+    list(train(whole, batches, config))
+    state = TrainState.new(resumed, config)
+    load_checkpoint(path, resumed, state)
+    assert len(list(train(resumed, batches, config, state=state))) == 3
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted"),
+    [("adamw", "sgd"), ("sgd", "adamw"), ("plain sgd", "sgd"), ("adamw", "plain sgd")],
+)
+def test_a_checkpoint_of_another_optimizer_is_refused(files, tmp_path, saved, wanted):
+    """SGD without momentum keeps nothing, which is no licence to begin another one afresh."""
+    _, _, path = two_steps(files, tmp_path, OPTIMIZERS[saved][0])
+    model, _ = load(files / "model", ("neg", "pos"))
+    with pytest.raises(InputError, match="the optimizer's parameters are others"):
+        load_checkpoint(path, model, TrainState.new(model, TrainConfig(**OPTIMIZERS[wanted][0])))
+
+
 def test_frozen_parameters_have_no_moments(files, tmp_path):
     model, tokenizer = load(files / "model", ("neg", "pos"))
     config = TrainConfig(freeze="embeddings,layers:0-0", max_steps=1)

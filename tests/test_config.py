@@ -18,6 +18,7 @@ RANGES = [
     ("gradient_accumulation_steps", 1, 10**6, 0, 10**6 + 1),
     ("warmup_steps", 0.0, 1e12, -0.5, 2e12),
     ("weight_decay", 0.0, 1e3, -0.01, 1001.0),
+    ("momentum", 0.0, 0.999999, -0.1, 1.0),
     ("adam_beta1", 0.0, 0.999999, -0.1, 1.0),  # at 1 the bias correction divides by 0
     ("adam_beta2", 0.0, 0.9999999, -0.1, 1.0),
     ("adam_epsilon", 0.0, 1.0, -1e-9, 1.1),
@@ -55,6 +56,13 @@ def test_every_number_of_a_training_has_a_range():
 def test_what_is_not_finite_is_in_no_range(name, value):
     with pytest.raises(InputError, match=f"expected {name} between"):
         TrainConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig) if f.metadata["choices"]])
+def test_a_choice_that_is_none_is_refused_from_python_too(name):
+    """The command line has its own check; a program has only this one."""
+    with pytest.raises(InputError, match=f"^expected {name} .* or .*, got 'no'$"):
+        TrainConfig(**{name: "no"})
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -0.1, 1.5, math.nan])

@@ -12,7 +12,7 @@ from minift.config import ModelConfig, TrainConfig
 from minift.layers import init_weights
 from minift.methods import apply_rules, rules_of
 from minift.ops import TORCH
-from minift.optim import make_optimizer, schedule
+from minift.optim import kept, make_optimizer, schedule
 
 TOTALS = [(1, 0), (7, 0), (7, 1), (7, 3), (7, 7), (100, 10), (100, 99)]  # steps, of warm-up
 
@@ -99,8 +99,10 @@ def test_the_optimizer_has_the_trained_rows_of_the_table():
     }
 
 
-def test_moments_and_epsilon_are_as_configured():
-    _, _, optimizer = make(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+@pytest.mark.parametrize("optim", ["adamw", "adam"])
+def test_moments_and_epsilon_are_as_configured(optim):
+    flags = dict(adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-6)
+    _, _, optimizer = make(optim=optim, **flags)
     assert all(g["betas"] == (0.8, 0.95) for g in optimizer.param_groups)
     assert all(g["eps"] == 1e-6 for g in optimizer.param_groups)
 
@@ -115,3 +117,37 @@ def test_a_matrix_decays_and_a_norm_does_not():
     for name, parameter in model.named_parameters():
         factor = 0.95 if parameter.ndim > 1 else 1.0
         torch.testing.assert_close(parameter, before[name] * factor)
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ({}, torch.optim.AdamW),
+        ({"optim": "adamw"}, torch.optim.AdamW),
+        ({"optim": "adam"}, torch.optim.Adam),
+        ({"optim": "sgd"}, torch.optim.SGD),
+    ],
+)
+def test_each_name_makes_its_optimizer_over_the_same_table(flags, kind):
+    """AdamW is a kind of Adam to torch, so the type is compared, not the family."""
+    _, groups, optimizer = make(freeze="embeddings", learning_rate=1e-3, **flags)
+    assert type(optimizer) is kind
+    rows = [(g["peak_lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert rows == [(g.learning_rate, g.weight_decay) for g in groups if g.learning_rate]
+
+
+def test_sgd_has_the_momentum_of_the_flag():
+    assert {g["momentum"] for g in make(optim="sgd")[2].param_groups} == {0.9}
+    assert {g["momentum"] for g in make(optim="sgd", momentum=0.5)[2].param_groups} == {0.5}
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"optim": "adam"}, {"optim": "sgd"}, {"optim": "sgd", "momentum": 0.0}]
+)
+def test_kept_is_what_a_step_leaves_in_the_state(flags):
+    model, _, optimizer = make(**flags)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    found = [set(optimizer.state.get(p, ())) for p in model.parameters()]
+    assert found == [kept(optimizer)] * len(found)

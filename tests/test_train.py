@@ -1,6 +1,7 @@
 """minift/train.py: one step means the same however it is cut, and the loop is the caller's."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -99,6 +100,39 @@ def test_first_step_is_adamws(files):
     list(train(model, Batches(examples[:-1], 32, 1, seed=3), config))
     for (name, a), b in zip(model.named_parameters(), twin.named_parameters(), strict=True):
         torch.testing.assert_close(a, b[1], msg=name, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "peer"),
+    [
+        ({"optim": "adamw"}, partial(torch.optim.AdamW, eps=1e-3)),
+        ({"optim": "adam"}, partial(torch.optim.Adam, eps=1e-3)),
+        ({"optim": "sgd", "momentum": 0.8}, partial(torch.optim.SGD, momentum=0.8)),
+        ({"optim": "sgd", "momentum": 0.0}, torch.optim.SGD),
+    ],
+    ids=["adamw", "adam", "sgd", "plain sgd"],
+)
+def test_training_is_the_plain_loop_that_one_would_write(tmp_path, model_and_examples, flags, peer):
+    """Six steps, falling rates, clipping and decay; torch's optimizers as they come, not fused."""
+    folder = tiny_model(tmp_path, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    (model, _), (twin, _) = load(folder, LABELS), load(folder, LABELS)
+    rates = dict(learning_rate=0.02, weight_decay=0.1, adam_epsilon=1e-3)
+    config, batches = TrainConfig(max_steps=6, **rates, **flags), Batches(model_and_examples[1], 8)
+    list(train(model, batches, config))
+    groups = [
+        {"params": [p for p in twin.parameters() if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = peer(groups, lr=0.02)
+    for step, (batch,) in zip(range(6), batches.epoch(0), strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * (1 - step / 6)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(twin(batch), batch.targets).backward()
+        torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+        optimizer.step()
+    for (name, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, msg=name, rtol=1e-4, atol=2e-6)
 
 
 def test_learns_and_the_caller_may_leave(tmp_path, model_and_examples):
