@@ -134,7 +134,9 @@ class TrainConfig:
     seed: int = flag(0, "of the data order, the dropout and the new weights")
     dtype: str = flag("auto", "of activations and products; auto: bf16 on a GPU, else fp32",
                       choices=("auto", "fp32", "bf16"))
-    freeze: str = flag("", "groups that stay as they are: 'embeddings,layers:0-9'")
+    method: str = flag("full", "bitfit trains the head and the biases alone",
+                       choices=("full", "bitfit"))
+    freeze: str = flag("", "what stays as it is: 'embeddings,layers:0-9', 'layers.*.mlp.*'")
     layer_lr_decay: float = flag(1.0, "a layer learns at this times the rate of the one above it")
     head_lr: float = flag(0.0, "learning rate of the head; 0: as all others")
     lr_rules: str = flag("", "any table, the first match counts: 'layers:0-9=1e-6,*=1e-5'")

@@ -17,6 +17,8 @@ from minift.ops import TORCH
 from minift.tasks.classification import Classification
 from minift.train import TrainState, train
 
+GROUPS = "embeddings, layers:0-1, pooler, head"
+ARE = f"groups are {GROUPS}"
 EXAMPLES = [Example([2, i, 9 + i, 3], [0, 0, 0, 0], i % 2) for i in range(5, 21)]
 
 
@@ -112,7 +114,85 @@ def test_norms_and_biases_are_not_decayed_and_frozen_rows_neither():
         assert g.weight_decay == (0.25 if matrices and g.learning_rate else 0.0)
 
 
-@pytest.mark.parametrize("flags", [{}, {"freeze": "layers:0,embeddings"}, {"layer_lr_decay": 0.9}])
+@pytest.mark.parametrize(
+    ("name", "patterns"),
+    [
+        ("bert.layers.1.attention.qkv.bias", ["*.bias", "layers.*.attention.qkv.*", "layers.1.*"]),
+        ("bert.layers.1.attention.qkv.bias", ["layers.[0-1].*.bias", "layers:1", "*.qkv.????"]),
+        (
+            "bert.embeddings.word.weight",
+            ["embeddings.word.*", "embeddings.word.weight", "*.word.*"],
+        ),
+        ("head.weight", ["head.*", "*.weight", "head.weight"]),
+    ],
+)
+def test_a_pattern_with_a_dot_is_a_glob_over_the_name(name, patterns):
+    for pattern in patterns:
+        groups = apply_rules(make_model(), [Rule(pattern, 2.0), Rule("*", 1.0)], 0.0)
+        found = rates(groups)
+        assert found[name] == 2.0, pattern
+        assert found["pooler.weight"] == (2.0 if pattern == "*.weight" else 1.0), pattern
+
+
+def test_a_glob_takes_what_it_says_and_no_more():
+    found = rates(table(learning_rate=1.0, freeze="layers.*.attention.qkv.*,pooler.bias"))
+    assert {name for name, rate in found.items() if not rate} == {
+        *(f"bert.layers.{i}.attention.qkv.{kind}" for i in (0, 1) for kind in ("weight", "bias")),
+        "pooler.bias",
+    }
+
+
+def test_bitfit_is_the_head_and_every_bias():
+    """Norms' biases too, their weights not; the matrix of BERT's pooler is pretrained and stays."""
+    found = rates(table(learning_rate=1e-3, method="bitfit"))
+    for name, rate in found.items():
+        assert rate == (1e-3 if name.endswith(".bias") or name == "head.weight" else 0), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, {"head.weight": 1.0, "pooler.bias": 1.0, "bert.layers.0.mlp.up.bias": 1.0}),
+        ({"head_lr": 3.0}, {"head.weight": 3.0, "head.bias": 3.0, "pooler.bias": 1.0}),
+        ({"freeze": "layers:0,head.bias"},
+         {"head.weight": 1.0, "head.bias": 0.0, "bert.layers.0.mlp.up.bias": 0.0,
+          "bert.layers.1.mlp.up.bias": 1.0}),
+        ({"freeze": "embeddings", "head_lr": 3.0},
+         {"bert.embeddings.norm.bias": 0.0, "head.weight": 3.0, "pooler.bias": 1.0}),
+    ],
+)  # fmt: skip
+def test_freezing_and_the_heads_rate_come_before_bitfit(flags, expected):
+    found = rates(table(learning_rate=1.0, method="bitfit", **flags))
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_family_may_say_what_its_head_is():
+    """In some the dense layer before the head is new: head_lr and bitfit mean it too."""
+    new = ("pooler", "head")
+    config = TrainConfig(learning_rate=1.0, head_lr=2.0)
+    assert rules_of(config, 2, new) == [Rule("pooler", 2.0), Rule("head", 2.0), Rule("*", 1.0)]
+    assert rules_of(TrainConfig(learning_rate=1.0, method="bitfit"), 2, new) == [
+        *(Rule("pooler", 1.0), Rule("head", 1.0), Rule("*.bias", 1.0), Rule("*", 0.0)),
+    ]
+
+
+@pytest.mark.parametrize(("head", "trained"), [(("pooler", "head"), True), (None, False)])
+def test_training_asks_the_model_what_its_head_is(head, trained):
+    model = make_model()
+    if head:
+        model.head_groups = head
+    TrainState.new(model, TrainConfig(method="bitfit"))
+    assert model.pooler.weight.requires_grad == trained
+    assert model.head.weight.requires_grad
+
+
+FLAGS = [
+    *({}, {"freeze": "layers:0,embeddings"}, {"layer_lr_decay": 0.9}, {"method": "bitfit"}),
+    {"freeze": "layers.*.attention.qkv.weight"},  # wider than the column
+]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_the_printed_numbers_add_up(flags):
     model, groups = make_model(), table(**flags)
     sizes = {name: p.numel() for name, p in model.named_parameters()}
@@ -126,6 +206,7 @@ def test_the_printed_numbers_add_up(flags):
         assert number == g.numbers == sum(sizes[name] for name in g.names)
         assert (row[3] == "frozen") == (g.learning_rate == 0)
         assert float(row[4]) == g.weight_decay
+    assert len({len(line) for line in lines[:-1]}) == 1
     total = re.fullmatch(r"  trained +([\d,]+)  of ([\d,]+)", lines[-1])
     trained = sum(g.numbers for g in groups if g.learning_rate)
     assert [int(x.replace(",", "")) for x in total.groups()] == [trained, sum(sizes.values())]
@@ -134,10 +215,33 @@ def test_the_printed_numbers_add_up(flags):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"freeze": "layers:5"}, r"no parameter is in 'layers:5': groups are embeddings, head, la"),
-        ({"freeze": "layer:0"}, "no parameter is in 'layer:0'"),
-        ({"freeze": "layers:1-0"}, "no parameter is in 'layers:1-0'"),
-        ({"lr_rules": "encoder=1e-3"}, "no parameter is in 'encoder'"),
+        ({"freeze": "layers:5"}, f"no parameter is in 'layers:5': groups are {GROUPS}"),
+        ({"freeze": "layer:0"}, f"no parameter is in 'layer:0': did you mean 'layers:0'? {ARE}"),
+        (
+            {"freeze": "layers:*"},
+            f"no parameter is in 'layers:*': did you mean 'layers:0-1'? {ARE}",
+        ),
+        ({"freeze": "layer:0-1"}, "'layer:0-1': did you mean 'layers:0-1'?"),
+        ({"freeze": "embedding"}, "'embedding': did you mean 'embeddings'?"),
+        ({"freeze": "bert.head"}, "no parameter's name fits 'bert.head'"),
+        ({"freeze": "layers:1-0"}, "expected layers from low to high, got 'layers:1-0'"),
+        ({"freeze": "layers:0-99"}, f"no parameter is in layers:99 of 'layers:0-99': {ARE}"),
+        ({"lr_rules": "layers:3-9=1e-3"}, "no parameter is in layers:9 of 'layers:3-9'"),
+        ({"lr_rules": "encoder=1e-3"}, "no parameter is in 'encoder': "),
+        ({"freeze": "*.biases"}, "no parameter's name fits '*.biases': did you mean '*.bias'?"),
+        ({"freeze": "bert.layers.*.mlp.*"}, "did you mean 'layers.*.mlp.*'?"),
+        ({"freeze": "layers.*.attention.kqv.*"}, "did you mean 'layers.*.attention.qkv.*'?"),
+        (
+            {"freeze": "Head.bias"},
+            "fits 'Head.bias': did you mean 'head.bias'?",
+        ),
+        ({"freeze": "x.y"}, f"no parameter's name fits 'x.y': {ARE}"),
+        ({"freeze": ","}, "expected freeze with a pattern such as 'layers:0-3', got ','"),
+        ({"lr_rules": " "}, "expected lr_rules with a pattern such as 'layers:0-3', got ' '"),
+        ({"method": "bitfit", "lr_rules": "*=1"}, "expected method bitfit or lr_rules, got both"),
+        ({"method": "bitfit", "layer_lr_decay": 0.9}, "expected method bitfit or layer_lr_decay"),
+        ({"method": "bitfit", "freeze": "*.bias,head"}, "every parameter is frozen"),
+        ({"freeze": "*.*"}, "every parameter is frozen: leave one to train"),
         ({"freeze": "*"}, "every parameter is frozen: leave one to train"),
         ({"freeze": "embeddings,layers:0-1,pooler,head"}, "every parameter is frozen"),
         ({"lr_rules": "*=0"}, "every parameter is frozen"),
@@ -145,12 +249,26 @@ def test_the_printed_numbers_add_up(flags):
     ],
 )
 def test_a_rule_that_cannot_be_meant_is_refused(flags, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as caught:
         table(**flags)
+    assert str(caught.value).count("\n") == 0
+    assert message in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    "text", ["head", "head=", "head=x", "head=-1", "head=nan", "head=inf", "head=1e3", "=", "a=b=1"]
+    "text",
+    [
+        "=1e-3",
+        "head",
+        "head=",
+        "head=x",
+        "head=-1",
+        "head=nan",
+        "head=inf",
+        "head=1e3",
+        "=",
+        "a=b=1",
+    ],
 )
 def test_lr_rules_that_do_not_read_as_rules(text):
     with pytest.raises(InputError, match="expected lr_rules as pattern=rate,") as caught:
@@ -161,7 +279,7 @@ def test_lr_rules_that_do_not_read_as_rules(text):
 def test_rules_without_an_end_are_refused():
     """From Python a table may lack the last rule that the flags always add."""
     with pytest.raises(InputError, match=r"no rule for pooler.weight: end the rules with '\*=RATE"):
-        apply_rules(make_model(), [Rule("embeddings", 1.0), Rule("layers:0-9", 1.0)], 0.0)
+        apply_rules(make_model(), [Rule("embeddings", 1.0), Rule("layers:0-1", 1.0)], 0.0)
 
 
 def test_a_later_table_thaws_what_an_earlier_one_froze():
