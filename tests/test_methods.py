@@ -2,10 +2,12 @@
 
 import math
 import re
+from collections import Counter
 
 import pytest
 import torch
 from tiny import tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.batch import Example, collate
 from minift.bert import BertClassifier
@@ -13,7 +15,7 @@ from minift.config import ModelConfig, TrainConfig
 from minift.errors import InputError
 from minift.layers import init_weights
 from minift.methods import ParamGroup, Rule, apply_rules, format_rules, group_of, rules_of
-from minift.ops import TORCH
+from minift.ops import TORCH, Draw
 from minift.tasks.classification import Classification
 from minift.train import TrainState, train
 
@@ -327,6 +329,106 @@ def test_backward_stops_below_the_lowest_trained_group(freeze, trained):
     groups = ["embeddings", "layers:0", "layers:1"]
     lowest = min((groups.index(g) for g in trained if g in groups), default=math.inf)
     assert needed == [lowest <= 1, lowest <= 2]
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products while it is on: those of layers, and the batched ones of attention."""
+
+    layers = attention = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op.overloadpacket.__name__
+        self.layers += name in ("mm", "addmm")
+        self.attention += name in ("bmm", "baddbmm")
+        return op(*args, **(kwargs or {}))
+
+
+def costs(dtype: torch.dtype, **flags) -> tuple[tuple[int, int], Counter]:
+    """One step of three layers: products of the backward, and tensors that the forward keeps for
+    it, by the part of the model that keeps them."""
+    model, part, kept = make_model(3), ["embeddings"], Counter()
+    TrainState.new(model, TrainConfig(**flags))
+    for i, layer in enumerate(model.bert.layers):
+        layer.register_forward_pre_hook(lambda *_, i=i: part.append(f"layers:{i}"))
+    layer.register_forward_hook(lambda *_: part.append("top"))
+    batch, task = collate(EXAMPLES, range(8)), Classification(("a", "b"))
+    draw = Draw(torch.tensor(1), torch.tensor(0))  # dropout is on
+
+    def keep(tensor):
+        kept[part[-1]] += 1
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = task.loss(model(batch, TORCH, dtype, draw), batch, TORCH)
+    with Products() as products:
+        loss.backward()
+    return (products.layers, products.attention), kept
+
+
+BOTH = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+LAYERS = ["layers:0", "layers:1", "layers:2"]
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("flags", "products", "keeping"),
+    [
+        # A layer has four products (qkv, out, up, down), each with a gradient of its input and one
+        # of its weight; pooler and head have one product each; attention's backward has four.
+        ({}, (3 * 8 + 4, 12), ["embeddings", *LAYERS, "top"]),
+        ({"freeze": "embeddings"}, (3 * 8 - 1 + 4, 12), [*LAYERS, "top"]),
+        ({"freeze": "embeddings,layers:0"}, (2 * 8 - 1 + 4, 8), [*LAYERS[1:], "top"]),
+        ({"freeze": "embeddings,layers:0-1"}, (8 - 1 + 4, 4), ["layers:2", "top"]),
+        ({"freeze": "embeddings,layers:0-2"}, (3, 0), ["top"]),
+        ({"freeze": "embeddings,layers:0-2,pooler"}, (1, 0), ["top"]),
+        # Above what is trained, gradients of inputs alone.
+        ({"freeze": "layers:0-2,pooler"}, (3 * 4 + 1 + 2, 12), ["embeddings", *LAYERS, "top"]),
+        ({"freeze": "layers.*.weight"}, (3 * 4 + 4, 12), ["embeddings", *LAYERS, "top"]),
+        ({"method": "bitfit"}, (3 * 4 + 1 + 2, 12), ["embeddings", *LAYERS, "top"]),
+        (
+            {"method": "bitfit", "freeze": "embeddings,layers:0-1"},
+            *((4 - 1 + 1 + 2, 4), ["layers:2", "top"]),
+        ),
+    ],
+    ids=str,
+)
+def test_what_is_frozen_costs_no_product_and_keeps_nothing(flags, products, keeping, dtype):
+    """Exact numbers: below the lowest trained parameter there is no backward at all, and nothing is
+    kept for one; above it no frozen weight has a gradient computed."""
+    found, kept = costs(dtype, **flags)
+    assert found == products
+    assert sorted(kept) == sorted(keeping)
+
+
+@BOTH
+def test_bitfit_keeps_no_input_of_a_product(dtype):
+    """They are what a weight's gradient is made of: four a layer, and the pooler's."""
+    (_, full), (_, bitfit) = costs(dtype), costs(dtype, method="bitfit")
+    fewer = {part: full[part] - bitfit[part] for part in [*LAYERS, "top"]}
+    assert fewer == {"layers:0": 4, "layers:1": 4, "layers:2": 4, "top": 1}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *({}, {"method": "bitfit"}, {"freeze": "embeddings,layers:0"}),
+        {"freeze": "embeddings,layers:0-1,pooler", "optim": "sgd"},
+    ],
+)
+def test_gradients_and_moments_are_as_many_numbers_as_are_trained(flags):
+    model, config = make_model(), TrainConfig(max_steps=1, **flags)
+    state, numbers = TrainState.new(model, config), []
+
+    def count(*_):
+        numbers.append(sum(p.grad.numel() for p in model.parameters() if p.grad is not None))
+
+    state.optimizer.register_step_pre_hook(count)
+    list(train(model, EXAMPLES, config, state=state))
+    trained = sum(g.numbers for g in state.groups if g.learning_rate)
+    assert numbers == [trained]
+    moments = [t for kinds in state.optimizer.state.values() for n, t in kinds.items()
+               if n != "step"]  # fmt: skip
+    assert sum(t.numel() for t in moments) == trained * (1 if "optim" in flags else 2)
 
 
 def test_groups_learn_at_their_own_rates():
