@@ -26,7 +26,7 @@ from .config import TrainConfig
 from .errors import InputError
 
 _LAYER = re.compile(r"layers:(\d+)")
-_SPAN = re.compile(r"layers:(\d+)-(\d+)")
+_SPAN = re.compile(r"layers:(\d{1,9})-(\d{1,9})")  # int() refuses thousands of digits
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ def _check(pattern: str, names: list[str]) -> None:
     if span := _SPAN.fullmatch(pattern):
         low, high = int(span[1]), int(span[2])
         if low > high:
-            raise InputError(f"expected layers from low to high, got {pattern!r}: groups: {known}")
+            todo = f"write 'layers:{high}-{low}'"
+            raise InputError(f"expected layers from low to high, got {pattern!r}: {todo}")
         if f"layers:{high}" not in groups:
             raise InputError(f"no parameter is in layers:{high} of {pattern!r}: groups are {known}")
     if any(_fits(pattern, name) for name in names):
