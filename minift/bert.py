@@ -1,6 +1,7 @@
 """BERT over packed sequences: an encoder of post-norm blocks, and a classifier on its first token.
 
-Devlin et al. 2018, arXiv:1810.04805. T packed tokens, C wide, H heads of D, B sequences.
+RoBERTa and DistilBERT are the same model with other settings: see families.py. Devlin et al. 2018,
+arXiv:1810.04805. T packed tokens, C wide, H heads of D, B sequences.
 """
 
 import torch
@@ -11,15 +12,17 @@ from .config import ModelConfig
 from .layers import MLP, Attention, Embedding, LayerNorm, Linear, linear, matmul, norm
 from .ops import Draw, Dropout, Layout, Ops, ops_for
 
+ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}  # between the head's two layers
+
 
 class Embeddings(nn.Module):
-    """A row of each of three tables, summed and normed."""
+    """A row of each table, summed and normed."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.word = Embedding(config.vocab_size, config.dim)
-        self.position = Embedding(config.max_len, config.dim)
-        self.token_type = Embedding(config.n_types, config.dim)
+        self.position = Embedding(config.position_offset + config.max_len, config.dim)
+        self.token_type = Embedding(config.n_types, config.dim) if config.n_types else None
         self.norm = LayerNorm(config.dim, config.norm_eps)
 
 
@@ -68,12 +71,23 @@ class Bert(nn.Module):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
 
     def draw(self, draw: Draw | None, batch: Batch, ops: Ops) -> Dropout | None:
-        """The dropout of a step: places are the embeddings', three a block, and the head's."""
+        """The dropout of a step: places are the embeddings', three a block, and the head's two."""
         if draw is None:
             return None
         columns = max(self.config.dim, batch.layout.max_length)
-        sites = 2 + 3 * self.config.n_layer
+        sites = 3 + 3 * self.config.n_layer
         return ops.draw_dropout(draw, batch.key, columns, sites, self.config.n_head)
+
+    def embed(self, batch: Batch, ops: Ops, dtype: torch.dtype, drop: Dropout | None) -> Tensor:
+        """(T, C) the input of the first block."""
+        e, offset, types = self.embeddings, self.config.position_offset, self.config.n_types
+        ids, tables = [batch.tokens, batch.positions], [e.word.weight, e.position.weight]
+        if offset:
+            ids[1] = ids[1] + offset
+        if types:  # a model of one type knows no second text
+            ids.append(batch.types if types > 1 else torch.zeros_like(batch.types))
+            tables.append(e.token_type.weight)
+        return ops.embed(tuple(ids), tuple(tables), norm(e.norm), dtype, drop)
 
     def forward(
         self,
@@ -98,24 +112,24 @@ class Bert(nn.Module):
         Raises:
             ValueError: a sequence is longer than the position table.
         """
-        config, e = self.config, self.embeddings
+        config = self.config
         if batch.layout.max_length > config.max_len:
             longest = batch.layout.max_length
             raise ValueError(
                 f"expected at most {config.max_len} tokens, got {longest}: cut the text"
             )
         ops = ops or ops_for(batch.tokens.device)
-        ids = (batch.tokens, batch.positions, batch.types)
-        tables = (e.word.weight, e.position.weight, e.token_type.weight)
-        drop = dropout and dropout.at(0, config.hidden_dropout)
-        x = ops.embed(ids, tables, norm(e.norm), dtype, drop)  # (T, C)
+        x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.hidden_dropout))
         for i, block in enumerate(self.layers):
             x = block(x, batch.layout, ops, dropout, rows if i == config.n_layer - 1 else None)
         return x
 
 
 class BertClassifier(nn.Module):
-    """Logits of each sequence from its first token: pooler, dropout, head."""
+    """Logits of each sequence from its first token: a dense layer, its activation, dropout, head.
+
+    The dense layer is called pooler in all families; only BERT's is pretrained.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -123,6 +137,11 @@ class BertClassifier(nn.Module):
         self.bert = Bert(config)
         self.pooler = Linear(config.dim, config.dim)
         self.head = Linear(config.dim, len(config.labels))
+
+    @property
+    def head_groups(self) -> tuple[str, ...]:
+        """The groups of parameters that belong to the task."""
+        return self.config.kind.head_groups
 
     def forward(
         self,
@@ -137,10 +156,16 @@ class BertClassifier(nn.Module):
             batch, ops, dtype: as `Bert.forward`'s.
             draw: seed and step of the dropout, to train; None drops nothing.
         """
+        kind, p, site = (
+            self.config.kind,
+            self.config.classifier_dropout,
+            1 + 3 * self.config.n_layer,
+        )
         first, ops = batch.layout.first, ops or ops_for(batch.tokens.device)
         dropout = self.bert.draw(draw, batch, ops)
         x = self.bert(batch, ops, dtype, dropout, rows=first)  # (B, C)
-        x = torch.tanh(linear(x, self.pooler))
-        site = 1 + 3 * self.config.n_layer
-        x = ops.drop(x, dropout and dropout.at(site, self.config.classifier_dropout, first))
+        if kind.drop_first:
+            x = ops.drop(x, dropout and dropout.at(site + 1, p, first))
+        x = ACTIVATIONS[kind.activation](linear(x, self.pooler))
+        x = ops.drop(x, dropout and dropout.at(site, p, first))
         return linear(x, self.head)  # (B, labels)

@@ -25,6 +25,16 @@ COMMANDS = {
     "demo": "fine-tune a small BERT on text that is already on this machine",
 }
 
+RULES = (
+    "learning_rate",
+    "weight_decay",
+    "method",
+    "freeze",
+    "layer_lr_decay",
+    "head_lr",
+    "lr_rules",
+)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that fails with one line and names the nearest flag."""
@@ -49,10 +59,14 @@ def unknown(word: str, known: Sequence[str]) -> str:
     return f"unknown {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
 
 
-def add_config(parser: argparse.ArgumentParser, config: type) -> None:
-    """A flag for each field. Their defaults are absent, to tell what was given."""
+def add_config(
+    parser: argparse.ArgumentParser, config: type, only: Sequence[str] | None = None
+) -> None:
+    """A flag for each field, or for some. Their defaults are absent, to tell what was given."""
     group = parser.add_argument_group(config.__doc__.split("\n")[0])
     for f in fields(config):
+        if only is not None and f.name not in only:
+            continue
         names = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
         text = f.metadata["help"].replace("%", "%%")
         options: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
@@ -86,12 +100,17 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     train.add_argument("--config", metavar="FILE", help="a TOML file that sets the names below")
     for config in (RunConfig, TrainConfig):
         add_config(train, config)
-    model = {"dest": "model", "required": True, "metavar": "DIR", "help": "a trained model folder"}
+    for name in ("eval", "predict", "inspect"):
+        subs[name].add_argument("--revision", help="branch, tag or commit of a hub id")
+        subs[name].add_argument("--token", help="of a private hub id; or HF_TOKEN, `hf auth login`")
+    model = {"dest": "model", "required": True, "metavar": "DIR", "help": "a trained model: a "
+             "folder or a hub id"}  # fmt: skip
     for name in ("eval", "predict"):
         subs[name].add_argument("--model", "--model_name_or_path", **model)
         for column in ("text_column", "pair_column", "label_column"):
             subs[name].add_argument(f"--{column}", help="name, or number from 1")
         subs[name].add_argument("--max_seq_length", type=int, default=0, help="cut texts there")
+        subs[name].add_argument("--overflow", choices=("cut", "error"), default="cut")
         subs[name].add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
         subs[name].add_argument("--device", default="auto", help="cpu, cuda, cuda:1")
     subs["eval"].add_argument(
@@ -104,7 +123,10 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     predict.add_argument("text", nargs="*", help="texts to label; none: --data, or lines of stdin")
     predict.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON lines, or a text a line")
-    subs["inspect"].add_argument("model", metavar="DIR", help="a model folder")
+    subs["inspect"].add_argument(
+        "model", metavar="DIR", help="a model folder, a hub id, or a configuration file"
+    )
+    add_config(subs["inspect"], TrainConfig, RULES)
     demo = subs["demo"]
     demo.add_argument("--output_dir", "--output", default="minift-demo", help="(%(default)s)")
     demo.add_argument("--epochs", type=float, help="(2, or 1 on a CPU without bf16)")

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,17 @@ import torch
 
 from .config import RunConfig, TrainConfig
 from .data import Columns, Row, read_rows, read_texts
+from .describe import describe
 from .errors import InputError
 from .files import make_folder, write_file
-from .methods import format_rules, group_of
+from .hub import locate
 from .metrics import confusion_matrix, format_confusion
-from .prepare import Notice, length_limit, pick_device
+from .prepare import Notice, length_limit, overflow, pick_device
 from .run import Evaluation, Finished, fine_tune
 from .tasks.classification import Classification, logits_of, predict
 from .tokenizer import Tokenizer
-from .train import Step, TrainState, compute_dtype
-from .weights import check_vocabulary, load, load_model, read_config
+from .train import Step, compute_dtype
+from .weights import load, read_config
 
 PLAIN_SECONDS = 10.0  # between lines of progress when stderr is no terminal
 BLOCK = 256  # texts that are predicted together
@@ -153,8 +154,9 @@ class Loaded:
 def load_trained(args: argparse.Namespace) -> Loaded:
     """The model of `eval` and `predict`."""
     device = pick_device(args.device)
-    limit = length_limit(args.max_seq_length, read_config(Path(args.model)).max_len)
-    model, tokenizer = load(args.model, max_length=limit)
+    folder = locate(args.model, args.revision, args.token)
+    limit = length_limit(args.max_seq_length, read_config(folder).max_len)
+    model, tokenizer = load(folder, max_length=limit)
     columns = Columns(args.text_column, args.pair_column, args.label_column)
     dtype = compute_dtype(TrainConfig(dtype=args.dtype), device)
     return Loaded(model.to(device), tokenizer, dtype, columns)
@@ -166,6 +168,8 @@ def evaluate(args: argparse.Namespace) -> int:
     rows = read_rows(args.data, loaded.columns)
     task = Classification(loaded.model.config.labels)
     examples = task.encode(rows, loaded.tokenizer, args.data)
+    if text := overflow(args.overflow, rows, examples, loaded.tokenizer, args.data):
+        say(f"WARNING: {args.data}: {text}")
     start = time.perf_counter()
     logits = logits_of(loaded.model, examples, loaded.dtype)
     metrics = {f"eval_{k}": v for k, v in task.metrics(logits, examples).items()}
@@ -235,32 +239,8 @@ def label(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """`minift inspect`: what a model folder holds and would do."""
-    folder = Path(args.model)
-    config = read_config(folder)
-    tokenizer = Tokenizer.load(folder, config.max_len)
-    check_vocabulary(tokenizer, config, folder)
-    # A folder without a trained head is inspected as it would be loaded for two labels.
-    trained = config.raw.get("architectures") == ["BertForSequenceClassification"]
-    model, loaded = load_model(folder, None if trained else ("label 0", "label 1"))
-    c, width = config, config.dim // config.n_head
-    print(
-        f"{folder}: BERT, {c.n_layer} layers, width {c.dim}, {c.n_head} heads of {width}, "
-        f"MLP {c.ffn_dim} ({c.activation})"
-    )
-    print(
-        f"  vocabulary {tokenizer.vocab_size:,} of {c.vocab_size:,} rows; at most "
-        f"{tokenizer.max_length} tokens of {c.max_len} positions"
-    )
-    print(f"  labels     {', '.join(c.labels) if trained else 'none: not a trained classifier'}")
-    print(loaded)
-    groups: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        groups[group_of(name)] = groups.get(group_of(name), 0) + parameter.numel()
-    print("  group        parameters")
-    for name, numbers in groups.items():
-        print(f"  {name:<12} {numbers:>10,}")
-    print("  the rules of plain `minift train`")
-    print(format_rules(TrainState.new(model, TrainConfig()).groups))
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
+    print(describe(args.model, TrainConfig(**given), args.revision, args.token))
     return 0
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .errors import InputError
+from .families import FAMILIES, Family
 
+CLASSIFIER = "ForSequenceClassification"  # how transformers' names of such models end
 ACTIVATIONS = {  # Hugging Face's name -> the operation's
     "gelu": "gelu_erf",
     "gelu_new": "gelu_tanh",
@@ -18,8 +20,8 @@ class ModelConfig:
     """Everything needed to know what the weights mean. Read from and saved as config.json."""
 
     vocab_size: int                  # rows of the token table
-    max_len: int                     # rows of the position table
-    n_types: int                     # rows of the type table
+    max_len: int                     # tokens of the longest sequence
+    n_types: int                     # rows of the type table; 0: there is none
     dim: int                         # C, width of the residual stream
     n_layer: int
     n_head: int
@@ -30,79 +32,109 @@ class ModelConfig:
     attention_dropout: float         # on the attention probabilities
     classifier_dropout: float        # before the head
     init_std: float                  # of random weights
+    family: str = "bert"             # an entry of FAMILIES
+    position_offset: int = 0         # rows of the position table before the first token's
+    pad: int = 0                     # id of the padding token, which is nowhere in a batch
     labels: tuple[str, ...] = ()     # names of the head's classes
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as it was read
 
     @staticmethod
     def from_hf(raw: dict[str, Any]) -> "ModelConfig":
-        """Reads the content of a Hugging Face BERT config.json.
+        """Reads the content of a Hugging Face config.json.
 
         Raises:
             InputError: a value is missing or of the wrong kind, or asks for what is not built.
         """
         kind = raw.get("model_type")
-        if kind != "bert":
-            raise InputError(f"expected model_type 'bert' in config.json, got {kind!r}: use a BERT")
+        if kind not in FAMILIES:
+            known = ", ".join(FAMILIES)
+            raise InputError(f"expected model_type {known} in config.json, got {kind!r}")
+        family = FAMILIES[kind]
         if raw.get("position_embedding_type") not in (None, "absolute"):
             raise InputError("expected absolute positions in config.json, got relative ones")
         if raw.get("is_decoder"):
             raise InputError("expected an encoder, config.json says is_decoder")
-        act = raw.get("hidden_act", "gelu")
+        act = raw.get(family.keys["activation"], "gelu")
         if not isinstance(act, str) or act not in ACTIVATIONS:
-            raise InputError(f"expected hidden_act {' or '.join(ACTIVATIONS)}, got {act!r}")
+            key = family.keys["activation"]
+            raise InputError(f"expected {key} {' or '.join(ACTIVATIONS)}, got {act!r}")
 
-        def number(name, kind, default=None, high=1):  # 1: dropout and eps are fractions
-            value = raw.get(name)
-            value = default if value is None else value
-            low, high = (1, 2**31) if kind is int else (0, high)
+        def number(name, kind, default=None, low=1, high=1):  # 1: dropout and eps are fractions
+            key, default = family.keys[name], family.defaults.get(name, default)
+            value = default if key is None or raw.get(key) is None else raw[key]
+            low, high = (low, 2**31) if kind is int else (0, high)
             fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if not fits or not low <= value < high:  # NaN compares false
+            if key is not None and not (fits and low <= value < high):  # NaN compares false
                 span = f"a number in [{low}, {high})"
-                raise InputError(f"expected {name} in config.json as {span}, got {value!r}")
+                raise InputError(f"expected {key} in config.json as {span}, got {value!r}")
             return kind(value)
 
-        hidden_dropout = number("hidden_dropout_prob", float, 0.1)
-        labels = raw.get("id2label") or {}
-        if not labels and "BertForSequenceClassification" in (raw.get("architectures") or ()):
-            labels = {"0": "LABEL_0", "1": "LABEL_1"}  # the only ones that files leave out
-        try:
-            labels = tuple(str(labels[k]) for k in sorted(labels, key=int))
-        except (ValueError, TypeError, AttributeError):
-            raise InputError(f"expected id2label as number -> name, got {labels!r}") from None
-        if len(set(labels)) < len(labels):
-            raise InputError(f"expected different names in id2label, got {', '.join(labels)}")
+        hidden_dropout, pad = number("hidden_dropout", float, 0.1), number("pad", int, low=0)
+        offset = pad + 1 if family.offset_positions else 0
         config = ModelConfig(
             vocab_size=number("vocab_size", int),
-            max_len=number("max_position_embeddings", int),
-            n_types=number("type_vocab_size", int, 2),
-            dim=number("hidden_size", int),
-            n_layer=number("num_hidden_layers", int),
-            n_head=number("num_attention_heads", int),
-            ffn_dim=number("intermediate_size", int),
+            max_len=number("positions", int) - offset,
+            n_types=number("n_types", int),
+            dim=number("dim", int),
+            n_layer=number("n_layer", int),
+            n_head=number("n_head", int),
+            ffn_dim=number("ffn_dim", int),
             activation=ACTIVATIONS[act],
-            norm_eps=number("layer_norm_eps", float, 1e-12),
+            norm_eps=number("norm_eps", float, 1e-12),
             hidden_dropout=hidden_dropout,
-            attention_dropout=number("attention_probs_dropout_prob", float, 0.1),
+            attention_dropout=number("attention_dropout", float, 0.1),
             classifier_dropout=number("classifier_dropout", float, hidden_dropout),
-            init_std=number("initializer_range", float, 0.02, high=100),
-            labels=labels,
+            init_std=number("init_std", float, 0.02, high=100),
+            family=kind,
+            position_offset=offset,
+            pad=pad,
+            labels=_labels(raw),
             raw=dict(raw),
         )
-        if config.n_head < 1 or config.dim % config.n_head:
-            raise InputError(f"hidden_size={config.dim} is not divisible by {config.n_head} heads")
+        if config.max_len < 1:
+            raise InputError(f"expected more than {offset} max_position_embeddings, got too few")
+        if config.dim % config.n_head:
+            key = family.keys["dim"]
+            raise InputError(f"{key}={config.dim} is not divisible by {config.n_head} heads")
         return config
+
+    @property
+    def kind(self) -> Family:
+        """The family's entry."""
+        return FAMILIES[self.family]
+
+    @property
+    def trained_head(self) -> bool:
+        """Whether config.json is that of a classifier of texts, not of a bare encoder or of a
+        model for another task."""
+        names = self.raw.get("architectures") or [CLASSIFIER]
+        return bool(self.labels) and any(str(name).endswith(CLASSIFIER) for name in names)
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: what was read, with the labels of the trained head."""
         return {
             **{k: v for k, v in self.raw.items() if k not in ("_name_or_path", "torch_dtype")},
-            "architectures": ["BertForSequenceClassification"],
-            "model_type": "bert",
+            "architectures": [self.kind.architecture],
+            "model_type": self.family,
+            "vocab_size": self.vocab_size,
             "id2label": {str(i): name for i, name in enumerate(self.labels)},
             "label2id": {name: i for i, name in enumerate(self.labels)},
             "problem_type": "single_label_classification",
             "dtype": "float32",
         }
+
+
+def _labels(raw: dict[str, Any]) -> tuple[str, ...]:
+    labels = raw.get("id2label") or {}
+    if not labels and str((raw.get("architectures") or [""])[0]).endswith(CLASSIFIER):
+        labels = {"0": "LABEL_0", "1": "LABEL_1"}  # the only ones that files leave out
+    try:
+        labels = tuple(str(labels[k]) for k in sorted(labels, key=int))
+    except (ValueError, TypeError, AttributeError):
+        raise InputError(f"expected id2label as number -> name, got {labels!r}") from None
+    if len(set(labels)) < len(labels):
+        raise InputError(f"expected different names in id2label, got {', '.join(labels)}")
+    return labels
 
 
 def flag(default: Any, help: str, *aliases: str, choices: tuple[str, ...] = ()) -> Any:
@@ -165,17 +197,27 @@ class TrainConfig:
 class RunConfig:
     """What one run of `minift train` reads and writes."""
 
-    model_name_or_path: str = flag("", "folder with config.json, weights, tokenizer", "model")
+    model_name_or_path: str = flag("", "folder with config.json, weights, tokenizer; or a hub id",
+                                   "model")
     train_file: str = flag("", "CSV, TSV or JSON lines", "train")
     validation_file: str = flag("", "default: a part of the training rows", "validation")
     test_file: str = flag("", "evaluated once, with the best model", "test")
     output_dir: str = flag("", "new folder for the model and the checkpoints", "output")
+    model_revision: str = flag("", "branch, tag or commit of a hub id", "revision")
+    token: str = flag("", "for private hub ids, if `hf auth login` or HF_TOKEN do not; not kept")
+    config_name: str = flag("", "in place of a model: config.json or TOML of one to make from "
+                                "random weights", "model_config")
+    tokenizer_name: str = flag("", "folder of another vocabulary; a model made from random weights "
+                                   "has one made of the training texts", "tokenizer")
+    cased: bool = flag(False, "a vocabulary made of the texts keeps capitals")
     task: str = flag("classification", "what is learned", choices=("classification",))
     text_column: str = flag("", "name, or number from 1, of the text's column")
     pair_column: str = flag("", "the second text's column")
     label_column: str = flag("", "the label's column")
     validation_split: float = flag(0.1, "share of training rows kept for validation without a file")
     max_seq_length: int = flag(0, "longer texts are cut to so many tokens; 0: what the model takes")
+    overflow: str = flag("cut", "texts that are longer: cut them and say how many, or stop",
+                         choices=("cut", "error"))
     class_weights: str = flag("", "'balanced', or one number a label: 'spam=5,ham=1'")
     eval_steps: int = flag(0, "steps between evaluations; 0: after every epoch")
     save_steps: int = flag(0, "steps between checkpoints; 0: at every evaluation")

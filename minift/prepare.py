@@ -12,12 +12,14 @@ from .batch import Batches, Example
 from .config import RunConfig, TrainConfig
 from .data import Columns, Row, fingerprint, read_rows, stratified_split
 from .errors import InputError
+from .hub import locate
 from .methods import format_rules
 from .ops import TABLES, Ops, ops_for
-from .tasks.classification import Classification, check_types, label_names
+from .scratch import make_tokenizer, random_model, read_new_config
+from .tasks.classification import Classification, label_names
 from .tokenizer import Tokenizer
 from .train import TrainState, compute_dtype
-from .weights import check_vocabulary, load_model, read_config
+from .weights import load_model, load_tokenizer, read_config
 
 
 @dataclass(frozen=True)
@@ -96,20 +98,37 @@ def encode(
     """The examples of all parts; says how many texts were cut.
 
     Raises:
-        InputError: a label is one that the training rows do not have.
+        InputError: a label is one that the training rows do not have, or a text is too long and
+            is not to be cut.
     """
     validation = run.validation_file or run.train_file
     paths = {"train": run.train_file, "validation": validation, "test": run.test_file}
     examples = {}
     for part in rows:
         examples[part] = task.encode(rows[part], tokenizer, paths[part])
-        if cut := sum(example.cut for example in examples[part]):
-            total, limit = len(rows[part]), tokenizer.max_length
-            text = (
-                f"{part}: {cut:,} of {total:,} texts are longer than {limit} tokens and cut there"
-            )
-            yield Notice(text, loud=cut > total / 20)
+        if text := overflow(run.overflow, rows[part], examples[part], tokenizer, paths[part]):
+            yield Notice(f"{part}: {text}", loud=True)
     return examples
+
+
+def overflow(
+    how: str, rows: list[Row], examples: list[Example], tokenizer: Tokenizer, path: str
+) -> str | None:
+    """What to say of texts that are longer than the limit, if there are any.
+
+    Raises:
+        InputError: there are some, and `how` is "error".
+    """
+    long = [row for row, example in zip(rows, examples, strict=True) if example.cut]
+    if not long:
+        return None
+    limit = tokenizer.max_length
+    if how == "error":
+        raise InputError(
+            f"{long[0].file or path}:{long[0].line}: longer than {limit} tokens, as {len(long):,} "
+            f"of {len(rows):,} texts are: raise --max_seq_length, or --overflow cut"
+        )
+    return f"{len(long):,} of {len(rows):,} texts are longer than {limit} tokens and cut there"
 
 
 def length_limit(wanted: int, max_len: int) -> int:
@@ -132,17 +151,34 @@ def length_limit(wanted: int, max_len: int) -> int:
 
 
 def load_parts(
-    run: RunConfig, labels: tuple[str, ...], seed: int
+    run: RunConfig, rows: list[Row], labels: tuple[str, ...], seed: int
 ) -> Generator[Notice, None, tuple[nn.Module, Tokenizer]]:
     """Model and tokenizer, known to fit; says what became of every tensor of the file.
 
     Raises:
-        InputError: they cannot be loaded, or the length limit does not fit the model.
+        InputError: they cannot be loaded or made, or the length limit does not fit the model.
     """
-    folder = Path(run.model_name_or_path)
+    hub = {"revision": run.model_revision or None, "token": run.token or None}
+    if run.config_name:
+        path = Path(run.config_name)
+        limit = length_limit(run.max_seq_length, read_new_config(path).max_len)
+        vocabulary = locate(run.tokenizer_name, **hub) if run.tokenizer_name else None
+        texts = [text for row in rows for text in (row.text, row.pair) if text]
+        tokenizer, config = make_tokenizer(path, vocabulary, texts, run.cased, limit)
+        model = random_model(config, labels, seed)
+        made = "" if vocabulary else ", made of the training texts"
+        yield Notice(
+            f"from random weights: {sum(p.numel() for p in model.parameters()):,} parameters, "
+            f"a vocabulary of {tokenizer.vocab_size:,} tokens{made}"
+        )
+        return model, tokenizer
+    if not Path(run.model_name_or_path).expanduser().is_dir():
+        yield Notice(f"{run.model_name_or_path}: no folder here, looking on the hub")
+    folder = locate(run.model_name_or_path, **hub)
     config = read_config(folder)
-    tokenizer = Tokenizer.load(folder, length_limit(run.max_seq_length, config.max_len))
-    check_vocabulary(tokenizer, config, folder)
+    limit = length_limit(run.max_seq_length, config.max_len)
+    vocabulary = locate(run.tokenizer_name, **hub) if run.tokenizer_name else folder
+    tokenizer = load_tokenizer(vocabulary, config, limit)
     model, report = load_model(folder, labels, seed)
     yield Notice(str(report))
     return model, tokenizer
@@ -160,12 +196,11 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     ops = ops_for(device) if run.ops == "auto" else TABLES[run.ops]
     rows = yield from read_data(run, config.seed)
     labels = label_names(rows["train"], run.train_file)
-    model, tokenizer = yield from load_parts(run, labels, config.seed)
+    model, tokenizer = yield from load_parts(run, rows["train"], labels, config.seed)
     labels = model.config.labels
     weights = Classification.weights(run.class_weights, labels, rows["train"])
     task = Classification(labels, weights, config.label_smoothing_factor)
     examples = yield from encode(run, rows, task, tokenizer)
-    check_types(examples["train"], model.config.n_types)
     check_metric(run.metric_for_best_model, task, examples["validation"])
     model.to(device)
     state = TrainState.new(model, config, ops)

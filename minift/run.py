@@ -121,15 +121,15 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """The content of run.json."""
-        job, gpu = self.job, self.job.device.type == "cuda"
+        job, gpu, token = self.job, self.job.device.type == "cuda", self.job.run.token
         packages = ("minift", "torch", "tokenizers", "numpy")
         return {
-            "run": asdict(job.run),
+            "run": {k: v for k, v in asdict(job.run).items() if k != "token"},
             "config": asdict(job.config),
             "labels": job.model.config.labels,
             "max_length": job.tokenizer.max_length,
             "files": job.files,
-            "command": sys.argv,
+            "command": [w.replace(token, "***") if token else w for w in sys.argv],
             "versions": {name: version(name) for name in packages},
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name(job.device) if gpu else "cpu",
@@ -286,7 +286,12 @@ def fine_tune(
         InputError: something given is wrong; before the first step wherever it can be seen.
         Diverged: the loss is not finite; the message names the newest checkpoint.
     """
-    for name in ("model_name_or_path", "train_file", "output_dir"):
+    if bool(run.model_name_or_path) == bool(run.config_name):
+        raise InputError(
+            "expected --model_name_or_path, or --config_name for a model of random weights, got "
+            f"{'both' if run.config_name else 'none'}: see minift train --help"
+        )
+    for name in ("train_file", "output_dir"):
         if not getattr(run, name):
             raise InputError(f"expected --{name}: see minift train --help")
     resume_from = find_checkpoint(run)

@@ -1,51 +1,45 @@
 """Models on disk: Hugging Face names and ours, a strict load that reports, a save.
 
-A model folder holds config.json and model.safetensors. Loading accounts for every tensor: loaded,
-new (a head that the file does not have), or ignored (buffers, other heads); anything else stops.
+Loading accounts for every tensor of a file: loaded, new (a head that the file does not have), or
+ignored (buffers, other heads); anything else stops.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .bert import BertClassifier
 from .config import ModelConfig
 from .errors import InputError
+from .families import Family
 from .files import make_folder, read_json, write_file, write_json
+from .hub import locate
 from .layers import init_weights
+from .storage import open_tensors
 from .tokenizer import Tokenizer
 
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-OTHER_HEADS = ("cls.", "qa_outputs.")
+WRAPPERS = ("module", "_orig_mod")  # what DDP and torch.compile put into names
 NEW_ALLOWED = ("pooler.", "head.")
 
 
 def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
     """Our parameter names -> Hugging Face's; several are one after the other along rows."""
-    pairs = {
-        "bert.embeddings.word.weight": ("bert.embeddings.word_embeddings.weight",),
-        "bert.embeddings.position.weight": ("bert.embeddings.position_embeddings.weight",),
-        "bert.embeddings.token_type.weight": ("bert.embeddings.token_type_embeddings.weight",),
-    }
+    kind, table = config.kind, "bert.embeddings.{}.weight".format
+    theirs = kind.prefix + "embeddings.{}_embeddings.weight"
+    tables = ("word", "position", "token_type")[: 3 if config.n_types else 2]
+    pairs = {table(name): (theirs.format(name),) for name in tables}
     for end in (".weight", ".bias"):
-        pairs["bert.embeddings.norm" + end] = ("bert.embeddings.LayerNorm" + end,)
-        pairs["pooler" + end] = ("bert.pooler.dense" + end,)
-        pairs["head" + end] = ("classifier" + end,)
+        pairs["bert.embeddings.norm" + end] = (kind.prefix + "embeddings.LayerNorm" + end,)
+        pairs["pooler" + end] = (kind.dense + end,)
+        pairs["head" + end] = (kind.head + end,)
         for i in range(config.n_layer):
-            ours, theirs = f"bert.layers.{i}.", f"bert.encoder.layer.{i}."
-            for name, names in (
-                ("attention.qkv", [f"attention.self.{x}" for x in ("query", "key", "value")]),
-                ("attention.out", ["attention.output.dense"]),
-                ("attention.norm", ["attention.output.LayerNorm"]),
-                ("mlp.up", ["intermediate.dense"]),
-                ("mlp.down", ["output.dense"]),
-                ("mlp.norm", ["output.LayerNorm"]),
-            ):
-                pairs[ours + name + end] = tuple(theirs + n + end for n in names)
+            for name, names in kind.layer.items():
+                layer = f"{kind.prefix}{kind.layers}.{i}."
+                pairs[f"bert.layers.{i}.{name}{end}"] = tuple(layer + n + end for n in names)
     return pairs
 
 
@@ -56,13 +50,15 @@ class LoadReport:
     loaded: dict[str, int]  # our name -> numbers in it
     new: dict[str, int]  # random: not in the file
     ignored: list[str]  # names in the file that this model has no use for
+    dtypes: dict[str, str]  # our name -> dtype in the file, of the loaded ones
 
     def __str__(self) -> str:
         def row(what, names, numbers=""):
             shown = ", ".join(names) if len(names) < 5 else f"{len(names)} tensors"
             return f"  {what:<8} {numbers:>12}  {shown}"
 
-        lines = ["  weights       numbers  tensors"]
+        dtypes = ", ".join(sorted(set(self.dtypes.values())))
+        lines = [f"  weights       numbers  tensors, stored as {dtypes}"]
         lines.append(row("loaded", list(self.loaded), f"{sum(self.loaded.values()):,}"))
         if self.new:
             lines.append(row("new", list(self.new), f"{sum(self.new.values()):,}"))
@@ -92,7 +88,7 @@ def load_model(
     """A classifier from a model folder, in fp32.
 
     Args:
-        folder: with config.json and model.safetensors.
+        folder: with config.json and weights, or a hub id.
         labels: names of the classes to learn; the folder's own order wins when they are the same
             names, otherwise the head is new. None: as the folder says, and its head must be there.
         seed: of the new head's weights.
@@ -101,77 +97,100 @@ def load_model(
         InputError: a file is missing or damaged, or a tensor is missing, unknown or of a shape
             that config.json does not give it.
     """
-    folder = Path(folder)
+    folder = locate(folder)
     config = read_config(folder)
-    same = labels is None or set(labels) == set(config.labels)
-    config = config if same else replace(config, labels=labels)
+    keep = labels is None or (set(labels) == set(config.labels) and config.trained_head)
+    config = config if keep else replace(config, labels=labels)
     if not config.labels:
         raise InputError(f"{folder}: config.json has no id2label: is this a trained classifier?")
-    try:
-        model = BertClassifier(config)
-    except RuntimeError:
-        raise InputError(f"{folder / 'config.json'}: asks for more memory than there is") from None
+    if labels is None and not config.trained_head:
+        made_for = ", ".join(map(str, config.raw["architectures"]))
+        raise InputError(
+            f"{folder}: expected a classifier of texts, config.json is of {made_for}: train it"
+        )
+    model = make_model(config, folder / "config.json")
     init_weights(nn.ModuleList([model.pooler, model.head]), config.init_std, seed)
-    return model, read_weights(model, folder / "model.safetensors", keep_head=same, new=labels)
+    return model, read_weights(model, folder, keep_head=keep, new=labels)
+
+
+def make_model(config: ModelConfig, path: Path) -> BertClassifier:
+    """A model whose memory holds anything yet.
+
+    Raises:
+        InputError: it does not fit into memory; `path` is where its configuration stands.
+    """
+    try:
+        return BertClassifier(config)
+    except RuntimeError:
+        raise InputError(f"{path}: asks for more memory than there is") from None
 
 
 @torch.no_grad()
 def read_weights(
     model: BertClassifier, path: Path, keep_head: bool = True, new: object = None
 ) -> LoadReport:
-    """Copies a safetensors file into a model's own storage, strictly.
+    """Copies stored tensors into a model's own memory, strictly.
 
     Args:
         model: whose parameters are overwritten.
-        path: of the file.
+        path: a model folder, or a file of weights.
         keep_head: False ignores the file's head.
         new: None forbids parameters that the file does not have.
 
     Raises:
         InputError: see `load_model`.
     """
-    if not path.is_file():
-        raise InputError(f"{path}: expected the model's weights, found no file: check the folder")
-    names, parameters = hf_names(model.config), dict(model.named_parameters())
-    loaded, fresh = {}, {}
-    try:
-        with safe_open(path, "pt") as file:
-            stored = {_today(name): name for name in file.keys()}  # noqa: SIM118
-            if not keep_head:
-                stored = {k: v for k, v in stored.items() if not k.startswith("classifier.")}
-            for ours, parameter in parameters.items():
-                parts = [stored.pop(theirs, None) for theirs in names[ours]]
-                if None not in parts:
-                    tensors = [file.get_tensor(part) for part in parts]
-                    _copy(parameter, tensors, ours, path)
-                    loaded[ours] = parameter.numel()
-                elif new is None or not ours.startswith(NEW_ALLOWED):
-                    raise InputError(
-                        f"{path}: expected a tensor {names[ours][0]!r}, found none: "
-                        "is this a BERT for this task?"
-                    )
-                else:
-                    fresh[ours] = parameter.numel()
-            ignored = _ignored(list(file.keys()), stored, keep_head, path)
-    except (SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: damaged or cut short ({reason}): copy it again") from None
-    return LoadReport(loaded, fresh, ignored)
+    kind, names = model.config.kind, hf_names(model.config)
+    loaded, fresh, dtypes = {}, {}, {}
+    with open_tensors(path) as tensors:
+        stored = _stored(tensors.names, kind, tensors.path)
+        found = {k: v for k, v in stored.items() if keep_head or not k.startswith(kind.head + ".")}
+        for ours, parameter in model.named_parameters():
+            parts = [found.pop(theirs, None) for theirs in names[ours]]
+            if None not in parts:
+                read = {part: tensors.get(part) for part in parts}
+                _copy(parameter, read, ours, tensors.path)
+                dtypes[ours] = str(read[parts[0]].dtype).removeprefix("torch.")
+                loaded[ours] = parameter.numel()
+            elif new is None or not ours.startswith(NEW_ALLOWED):
+                raise InputError(
+                    f"{tensors.path}: expected a tensor {names[ours][0]!r}, found none: "
+                    f"is this a {model.config.family} for this task?"
+                )
+            else:
+                fresh[ours] = parameter.numel()
+        # Another task's classifier may have names of its own.
+        ignored = (*kind.other_heads, *(() if keep_head else ("classifier.",)))
+        unknown = sorted(n for n in found if not n.endswith(BUFFERS) and not n.startswith(ignored))
+        if unknown:
+            raise InputError(
+                f"{tensors.path}: {len(unknown)} tensors that a {model.config.family} does not "
+                f"have, the first {unknown[0]!r}: does config.json belong to it?"
+            )
+        used = {name for ours in loaded for name in names[ours]}
+        left = sorted(name for today, name in stored.items() if today not in used)
+    return LoadReport(loaded, fresh, left, dtypes)
 
 
-def _today(name):
-    """A name as files have it today: old ones say gamma and beta in norms, and a bare encoder's
-    (`encoder.layer.0...`) lacks the prefix that a classifier's has."""
-    name = name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-        "LayerNorm.beta", "LayerNorm.bias"
-    )
-    bare = name.startswith(("embeddings.", "encoder.", "pooler."))
-    return "bert." + name if bare else name
+def _stored(names: list[str], kind: Family, path: Path) -> dict[str, str]:
+    """Names as files have them today -> as this file has them. Old ones say gamma and beta in
+    norms, wrappers leave their own, and a bare encoder's lack the prefix of a classifier's."""
+    bare = ("embeddings.", "pooler.", kind.layers.split(".")[0] + ".")
+    found: dict[str, str] = {}
+    for name in names:
+        today = ".".join(part for part in name.split(".") if part not in WRAPPERS)
+        today = today.replace("LayerNorm.gamma", "LayerNorm.weight")
+        today = today.replace("LayerNorm.beta", "LayerNorm.bias")
+        today = kind.prefix + today if today.startswith(bare) else today
+        if today in found:
+            raise InputError(f"{path}: holds {today!r} twice, as {found[today]!r} and {name!r}")
+        found[today] = name
+    return found
 
 
-def _copy(parameter: Tensor, tensors: list[Tensor], name: str, path: Path) -> None:
-    rows = parameter.shape[0] // len(tensors)
-    for i, tensor in enumerate(tensors):
+def _copy(parameter: Tensor, parts: dict[str, Tensor], name: str, path: Path) -> None:
+    rows = parameter.shape[0] // len(parts)
+    for i, (theirs, tensor) in enumerate(parts.items()):
         part = parameter[i * rows : (i + 1) * rows]
         if tensor.shape != part.shape:
             raise InputError(
@@ -180,21 +199,9 @@ def _copy(parameter: Tensor, tensors: list[Tensor], name: str, path: Path) -> No
             )
         if not tensor.is_floating_point():
             raise InputError(
-                f"{path}: expected numbers with a fraction in {name}, got {tensor.dtype}"
+                f"{path}: expected numbers with a fraction in {theirs}, got {tensor.dtype}"
             )
         part.copy_(tensor)
-
-
-def _ignored(names, left, keep_head, path):
-    known = {n for n in left if n.endswith(BUFFERS) or n.startswith(OTHER_HEADS)}
-    unknown = sorted(set(left) - known)
-    if unknown:
-        raise InputError(
-            f"{path}: {len(unknown)} tensors that a BERT does not have, the first "
-            f"{unknown[0]!r}: does config.json belong to it?"
-        )
-    head = [] if keep_head else [n for n in names if n.startswith("classifier.")]
-    return sorted(left[n] for n in known) + head
 
 
 def hf_tensors(model: BertClassifier) -> dict[str, Tensor]:
@@ -232,22 +239,24 @@ def load(
         max_length: tokens at which texts are cut; default, and at most, what the model takes.
 
     Raises:
-        InputError: see `load_model`; or the tokenizer makes ids that the embedding does not have.
+        InputError: see `load_model` and `load_tokenizer`.
     """
+    folder = locate(folder)
     model, _ = load_model(folder, labels, seed)
     limit = model.config.max_len
-    tokenizer = Tokenizer.load(folder, min(max_length or limit, limit))
-    check_vocabulary(tokenizer, model.config, folder)
-    return model, tokenizer
+    return model, load_tokenizer(folder, model.config, min(max_length or limit, limit))
 
 
-def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, folder: str | Path) -> None:
-    """Raises InputError when the tokenizer makes ids that the embedding does not have."""
-    if tokenizer.vocab_size > config.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the embedding "
-            f"{config.vocab_size} rows: they are of different models"
-        )
+def load_tokenizer(folder: Path, config: ModelConfig, max_length: int) -> Tokenizer:
+    """The tokenizer of a folder, known to fit a model.
+
+    Raises:
+        InputError: it cannot be read, or was not made for this model: see `Tokenizer.misfit`.
+    """
+    tokenizer = Tokenizer.load(folder, max_length, config.kind.tokenizer)
+    if problem := tokenizer.misfit(config):
+        raise InputError(f"{folder}: {problem}")
+    return tokenizer
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, folder: str | Path) -> None:

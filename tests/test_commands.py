@@ -186,9 +186,10 @@ def test_inspect_accounts_for_every_parameter(capsys, trained):
     assert (result.status, result.err) == (0, "")
     size = sum(t.numel() for t in load_file(trained / "model.safetensors").values())
     out = " ".join(result.out.split())
-    assert "BERT, 2 layers, width 32, 2 heads of 16, MLP 64 (gelu_erf)" in out
-    assert f"vocabulary {len(VOCABULARY)} of 200 rows; at most 32 tokens of 32 positions" in out
-    assert "labels neg, pos" in out
+    assert "bert, 2 layers, width 32, 2 heads of 16, MLP 64 (gelu_erf)" in out
+    assert f"vocabulary WordPiece, {len(VOCABULARY)} tokens of 200 rows" in out
+    assert "texts are cut at 32 tokens of 32 positions" in out
+    assert "labels 2: neg, pos" in out
     assert f"loaded {size:,} 33 tensors" in out
     assert f"trained {size:,} of {size:,}" in out
     groups = result.out[result.out.index("group  ") :].splitlines()[1:6]
@@ -201,7 +202,7 @@ def test_inspect_accounts_for_every_parameter(capsys, trained):
 def test_inspect_of_a_model_without_a_head(capsys, model):
     result = call(capsys, "inspect", model)
     assert result.status == 0
-    assert "none: not a trained classifier" in result.out
+    assert "none: not a classifier yet" in result.out
     assert "head.weight, head.bias" in result.out
 
 
@@ -432,12 +433,12 @@ def test_texts_that_are_cut_are_counted(train, data, tmp_path):
     assert config["model_max_length"] == 7
 
 
-def test_a_few_that_are_cut_are_not_loud(train, data, tmp_path):
+def test_a_few_that_are_cut_are_told_too(train, data, tmp_path):
     lines = (data / "train.csv").read_text().replace("and it is", "")
     (tmp_path / "train.csv").write_text(lines + "the film was very very very good,pos\n")
     write_rows(tmp_path / "validation.jsonl", 2)
     result = train("--max_steps", 1, "--max_seq_length", 7, data=tmp_path)
-    assert re.search("^train: 1 of 81 texts .* 7 tokens.* cut", result.err, re.M)
+    assert re.search("^WARNING: train: 1 of 81 texts .* 7 tokens.* cut", result.err, re.M)
 
 
 def test_rows_kept_for_validation_are_announced(capsys, model, data, tmp_path):

@@ -24,8 +24,8 @@ ARE = f"groups are {GROUPS}"
 EXAMPLES = [Example([2, i, 9 + i, 3], [0, 0, 0, 0], i % 2) for i in range(5, 21)]
 
 
-def make_model(n_layer: int = 2) -> BertClassifier:
-    config = tiny_config(num_hidden_layers=n_layer, id2label={"0": "a", "1": "b"})
+def make_model(n_layer: int = 2, **changes) -> BertClassifier:
+    config = tiny_config(num_hidden_layers=n_layer, id2label={"0": "a", "1": "b"}, **changes)
     model = BertClassifier(ModelConfig.from_hf(config))
     init_weights(model, 0.2, seed=3)
     return model
@@ -178,11 +178,10 @@ def test_a_family_may_say_what_its_head_is():
     ]
 
 
-@pytest.mark.parametrize(("head", "trained"), [(("pooler", "head"), True), (None, False)])
-def test_training_asks_the_model_what_its_head_is(head, trained):
-    model = make_model()
-    if head:
-        model.head_groups = head
+@pytest.mark.parametrize(("family", "trained"), [("roberta", True), ("bert", False)])
+def test_training_asks_the_model_what_its_head_is(family, trained):
+    """RoBERTa's dense layer is new with the head, BERT's pooler is pretrained."""
+    model = make_model(model_type=family)
     TrainState.new(model, TrainConfig(method="bitfit"))
     assert model.pooler.weight.requires_grad == trained
     assert model.head.weight.requires_grad

@@ -82,8 +82,9 @@ def test_activations(activation, ours):
     ("changes", "message"),
     [
         (
-            {"model_type": "roberta"},
-            "expected model_type 'bert' in config.json, got 'roberta': use a BERT",
+            {"model_type": "gpt2"},
+            "expected model_type bert, roberta, distilbert, xlm-roberta, camembert in config.json, "
+            "got 'gpt2'",
         ),
         (
             {"position_embedding_type": "relative_key"},

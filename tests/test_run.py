@@ -220,9 +220,12 @@ def test_no_model(refused, tmp_path):
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("model.safetensors", "model.safetensors: expected the model's weights, found no file"),
+        (
+            "model.safetensors",
+            ": expected model.safetensors or pytorch_model.bin, found no weights",
+        ),
         ("config.json", "config.json: cannot be read (No such file or directory)"),
-        ("vocab.txt", ": expected tokenizer.json or vocab.txt, found neither"),
+        ("vocab.txt", ": expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt"),
     ],
 )
 def test_a_model_that_lacks_a_file(refused, tmp_path, name, part):
@@ -250,7 +253,7 @@ def test_weights_with_a_tensor_too_much(refused, tmp_path):
     path = tiny_model(tmp_path / "m") / "model.safetensors"
     save_file(load_file(path) | {"lm_head.weight": torch.zeros(3)}, path)
     refused(
-        model=path.parent, parts=(f"{path}: 1 tensors that a BERT does not", "'lm_head.weight'")
+        model=path.parent, parts=(f"{path}: 1 tensors that a bert does not", "'lm_head.weight'")
     )
 
 
@@ -260,10 +263,10 @@ def test_weights_with_a_tensor_too_much(refused, tmp_path):
         ({"intermediate_size": 96}, ("config.json says (96, 32)", "the file holds (64, 32)")),
         ({"hidden_size": 64}, ("config.json says (200, 64)", "holds (200, 32)")),
         ({"num_hidden_layers": 3}, ("expected a tensor 'bert.encoder.layer.2.",)),
-        ({"num_hidden_layers": 1}, ("tensors that a BERT does not have", "layer.1.")),
+        ({"num_hidden_layers": 1}, ("tensors that a bert does not have", "layer.1.")),
         ({"num_attention_heads": 3}, ("config.json: hidden_size=32 is not divisible by 3 heads",)),
         ({"vocab_size": 60}, ("the tokenizer has ids up to", "the embedding 60 rows")),
-        ({"model_type": "gpt2"}, ("config.json: expected model_type 'bert'", "'gpt2'")),
+        ({"model_type": "gpt2"}, ("config.json: expected model_type bert,", "'gpt2'")),
         ({"hidden_act": "relu"}, ("config.json: expected hidden_act", "'relu'")),
         ({"vocab_size": "200"}, ("expected vocab_size in config.json as a number", "'200'")),
         ({"hidden_size": None}, ("expected hidden_size in config.json as a number", "None")),

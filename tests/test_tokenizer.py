@@ -176,7 +176,8 @@ def fails(folder: Path) -> str:
 
 
 def test_no_tokenizer(tmp_path):
-    line = f"{tmp_path}: expected tokenizer.json or vocab.txt, found neither"
+    line = f"{tmp_path}: expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt, "
+    line += "found none of them"
     assert fails(tmp_path) == line
 
 

@@ -1,6 +1,7 @@
 """Classification: rows of text, or pairs, to one label each."""
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from ..data import Row
 from ..errors import InputError
 from ..metrics import classification_metrics
 from ..ops import Ops, ops_for
-from ..tokenizer import Tokenizer
+from ..tokenizer import BLOCK, Tokenizer
 
 
 def label_names(rows: Sequence[Row], path: str | Path = "training rows") -> tuple[str, ...]:
@@ -95,12 +96,16 @@ class Classification:
                 )
             if (row.pair is not None) != paired:
                 raise InputError(f"{path}:{row.line}: expected {1 + paired} texts as in other rows")
-        pairs = [row.pair for row in rows] if paired else None
-        encoded = tokenizer.encode([row.text for row in rows], pairs)
-        return [
-            Example(ids, types, -100 if row.label is None else number[row.label], cut)
-            for (ids, types, cut), row in zip(encoded, rows, strict=True)
-        ]
+        examples = []
+        for i in range(0, len(rows), BLOCK):
+            block = rows[i : i + BLOCK]
+            pairs = [row.pair for row in block] if paired else None
+            encoded = tokenizer.encode([row.text for row in block], pairs)
+            for (ids, types, cut), row in zip(encoded, block, strict=True):
+                target = -100 if row.label is None else number[row.label]
+                # Arrays: a list of ints takes ten times the memory, and rows may be millions.
+                examples.append(Example(array("i", ids), array("b", types), target, cut))
+        return examples
 
     def loss(self, logits: Tensor, batch: Batch, ops: Ops) -> Tensor:
         """() the sum of the weighted losses of a batch, fp32."""
@@ -138,12 +143,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def check_types(examples: Sequence[Example], n_types: int) -> None:
-    """Raises InputError when a pair of texts meets a model that knows one type of text."""
-    if any(example.types and example.types[-1] >= n_types for example in examples):
-        raise InputError(f"the model has {n_types} type of text, pairs need 2: use another model")
-
-
 @torch.no_grad()
 def logits_of(
     model: nn.Module,
@@ -151,12 +150,7 @@ def logits_of(
     dtype: torch.dtype = torch.float32,
     ops: Ops | None = None,
 ) -> np.ndarray:
-    """(N, labels) float32, in the order of `examples`; nothing is dropped.
-
-    Raises:
-        InputError: see `check_types`.
-    """
-    check_types(examples, model.config.n_types)
+    """(N, labels) float32, in the order of `examples`; nothing is dropped."""
     device = next(model.parameters()).device
     ops = ops or ops_for(device)
     out = np.empty((len(examples), len(model.config.labels)), np.float32)

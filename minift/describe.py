@@ -1,0 +1,84 @@
+"""What a model folder, or a configuration, would become: before anything is trained."""
+
+from pathlib import Path
+
+from torch import nn
+
+from .config import ModelConfig, TrainConfig
+from .hub import locate
+from .methods import format_rules, group_of
+from .scratch import random_model, read_new_config
+from .tokenizer import Tokenizer
+from .train import TrainState
+from .weights import LoadReport, load_model, load_tokenizer, read_config
+
+TWO = ("label 0", "label 1")  # what is without a trained head is described as if for two labels
+
+
+def describe(
+    name: str, config: TrainConfig, revision: str | None = None, token: str | None = None
+) -> str:
+    """Size, vocabulary, limits, what would load and what would train, as text.
+
+    Args:
+        name: a model folder, a hub id, or the path of a configuration file.
+        config: its rules say what would train.
+        revision, token: of a hub id.
+
+    Raises:
+        InputError: it cannot be loaded, or the rules do not fit it.
+    """
+    path = Path(name)
+    if path.is_file():
+        model = random_model(read_new_config(path), TWO, config.seed)
+        parts = [_sizes(name, model.config), "  a configuration: the weights would be random"]
+        return "\n".join([*parts, _groups(model, None), _rules(model, config)])
+    folder = locate(name, revision, token)
+    read = read_config(folder)
+    tokenizer = load_tokenizer(folder, read, read.max_len)
+    model, report = load_model(folder, None if read.trained_head else TWO)
+    labels = ", ".join(read.labels[:20]) + (", ..." if len(read.labels) > 20 else "")
+    labels = f"{len(read.labels)}: {labels}" if read.trained_head else "none: not a classifier yet"
+    return "\n".join(
+        [
+            _sizes(name, read),
+            _vocabulary(tokenizer, read),
+            f"  labels     {labels}",
+            str(report),
+            _groups(model, report),
+            _rules(model, config),
+        ]
+    )
+
+
+def _sizes(name: str, c: ModelConfig) -> str:
+    return (
+        f"{name}: {c.family}, {c.n_layer} layers, width {c.dim}, {c.n_head} heads of "
+        f"{c.dim // c.n_head}, MLP {c.ffn_dim} ({c.activation}), at most {c.max_len} tokens"
+    )
+
+
+def _vocabulary(tokenizer: Tokenizer, c: ModelConfig) -> str:
+    special = ", ".join(f"{role} {token}" for role, token in tokenizer.special.items())
+    kind = type(tokenizer.backend.model).__name__
+    return (
+        f"  vocabulary {kind}, {tokenizer.vocab_size:,} tokens of {c.vocab_size:,} rows\n"
+        f"  specials   {special}\n"
+        f"  texts      are cut at {tokenizer.max_length} tokens of {c.max_len} positions"
+    )
+
+
+def _groups(model: nn.Module, report: LoadReport | None) -> str:
+    numbers: dict[str, int] = {}
+    stored: dict[str, dict[str, None]] = {}
+    for name, parameter in model.named_parameters():
+        group = group_of(name)
+        numbers[group] = numbers.get(group, 0) + parameter.numel()
+        dtype = report.dtypes.get(name, "new") if report else "new"
+        stored.setdefault(group, {})[dtype] = None
+    lines = [f"  {group:<12} {n:>12,}  {', '.join(stored[group])}" for group, n in numbers.items()]
+    return "\n".join(["  group          parameters  stored as", *lines])
+
+
+def _rules(model: nn.Module, config: TrainConfig) -> str:
+    return "  the rules of `minift train`\n" + format_rules(TrainState.new(model, config).groups)
