@@ -1,4 +1,4 @@
-"""Text-classification files -> rows. CSV, TSV and JSON lines; plain text for prediction.
+"""Text-classification files and folders -> rows; plain text for prediction.
 
 What is wrong with a file is an InputError that names the line. Below the public functions:
 records -> columns -> rows; `readers` is what comes before.
@@ -6,33 +6,40 @@ records -> columns -> rows; `readers` is what comes before.
 
 import difflib
 import hashlib
+import os
 import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .errors import InputError
 from .readers import (
     JSON,
     TABLES,
-    Objects,
+    TEXT,
+    Object,
     Path,
-    Table,
-    csv_records,
+    Record,
+    check_one_set,
     empty,
     ending_of,
-    json_records,
+    files_in,
+    folders_of_texts,
     kind_of,
     opened,
-    read_lines,
+    opened_lines,
+    opened_records,
     show,
     shown_path,
-    tsv_records,
+    whole_text,
     wrong,
 )
 
-Keys = list[str | int | None]  # the columns of text, pair and label: names, or numbers from 1
+# The columns of text, pair and label: names; or numbers from 1, and how many columns there are.
+Keys = list[str | int | None]
 Cells = tuple[Keys, Iterable[tuple[int, list]]]  # and, row by row, a line and what stands in them
+
+_ABSENT = object()  # what an object of JSON does not have; null is something
 
 _USUAL = {  # what the columns are called in the files of the world, the likeliest first
     role: tuple(names.split())
@@ -49,17 +56,19 @@ _USUAL = {  # what the columns are called in the files of the world, the likelie
 class Row:
     """One example, as the file has it."""
 
-    text: str
+    text: str  # "" where the file has a blank
     pair: str | None  # second text
     label: str | None  # as written; None where the file has no label
     line: int  # 1-based line of the file where the row starts
+    file: str | None = None  # which file of a folder, as errors show it; None: a file was read
 
 
 @dataclass(frozen=True)
 class Columns:
     """Which columns to read: names, or 1-based numbers as text ("2") in a CSV or TSV.
 
-    None: find the column. A pair is not looked for when `text` is given, or `pair` is empty.
+    In JSON a name may lead through objects and lists, "messages.0.content", unless a key is called
+    so. None: find the column. A pair is not looked for when `text` is given, or `pair` is empty.
     """
 
     text: str | None = None
@@ -68,59 +77,65 @@ class Columns:
 
 
 def read_rows(path: Path, columns: Columns = Columns(), labelled: bool = True) -> list[Row]:
-    """The rows of a .csv, .tsv/.tab or .jsonl/.ndjson/.json file, in the file's order.
+    """The rows of a .csv, .tsv/.tab or .jsonl/.ndjson/.json file, or of a folder, in their order.
+
+    A folder holds such files, which are read in the order of their names and have the same
+    columns; or else a folder for each label, named as it, with .txt files of one text each.
+    Hidden files, README* and LICENSE* are left out. A name may end in .gz.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file, in UTF-8, or the folder.
         columns: which columns hold text, pair and label. Those left out are found: by the usual
             names in a header or in JSON keys; without a header, the column with the fewest
             different values is the label and the others are text and pair.
         labelled: whether every row must have a label. If not, labels are kept where there are
             any, and what cannot be a label reads as None.
 
+    Returns:
+        All rows; those with a blank text as well, see `with_texts`.
+
     Raises:
         InputError: the file, one of its lines or `columns` is not as it should be.
     """
-    file, ending, lines = shown_path(path), ending_of(path), read_lines(path, TABLES + JSON)
-    if ending in JSON:
-        records, cells_of = json_records(lines, file), _json_cells
-    elif ending == ".csv":
-        records, cells_of = csv_records(lines, file), _table_cells
-    else:
-        records, cells_of = tsv_records(lines), _table_cells
-    if not records:
-        raise empty(file)
-    keys, cells = cells_of(records, columns, labelled, file)
-    text_key, pair_key, label_key = keys
-    rows = []
-    for line, (text, pair, label) in cells:
-        where = f"{file}:{line}"
-        text = _text(text, text_key, where)
-        pair = None if pair_key is None else _text(pair, pair_key, where)
-        label = None if label_key is None else _label(label, label_key, labelled, where)
-        rows.append(Row(text, pair, label, line))
-    if not rows:  # nothing below the header
-        raise empty(file)
-    return rows
+    if os.path.isdir(path):
+        return _folder_rows(path, columns, labelled)
+    return _file_rows(path, columns, labelled)[1]
 
 
 def read_texts(path: Path, columns: Columns = Columns()) -> list[Row]:
     """Rows to predict: as `read_rows`, labels not needed. A .txt or unknown file: a text a line.
 
     Args:
-        path: the file, in UTF-8.
+        path: the file, in UTF-8, or a folder; one that `read_rows` could not read may hold .txt.
         columns: as for `read_rows`; plain text has none.
 
     Raises:
         InputError: as `read_rows`.
     """
+    if os.path.isdir(path):
+        return _folder_rows(path, columns, labelled=False, plain=True)
     if ending_of(path) in TABLES + JSON:
         return read_rows(path, columns, labelled=False)
-    lines = enumerate(read_lines(path), 1)
-    rows = [Row(text.removesuffix("\r"), None, None, n) for n, text in lines if text.strip()]
-    if not rows:
-        raise empty(shown_path(path))
-    return rows
+    return _line_rows(path)
+
+
+def with_texts(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """(the rows that have a text, and a second one where there are pairs; the others)."""
+    parts: tuple[list[Row], list[Row]] = [], []
+    for row in rows:
+        blank = not row.text.strip() or (row.pair is not None and not row.pair.strip())
+        parts[blank].append(row)
+    return parts
+
+
+def overlap(train: list[Row], other: list[Row]) -> int:
+    """How many rows of `other` have a text, or pair, that stands in `train` as well.
+
+    Case and the amount of white space make no difference.
+    """
+    counts = Counter(map(_folded, other))
+    both = {key for key in map(_folded, train) if key in counts}
+    return sum(counts[key] for key in both)
 
 
 def stratified_split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -151,52 +166,184 @@ def stratified_split(rows: list[Row], fraction: float, seed: int) -> tuple[list[
 
 
 def fingerprint(path: Path) -> str:
-    """The sha256 of the file's bytes, in hexadecimal.
+    """The sha256 of a file's bytes, in hexadecimal; of a folder, of its files' names and sha256.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file, or one in the folder, cannot be read.
     """
-    with opened(path) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    if not os.path.isdir(path):
+        with opened(path) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    files = files_in(path, TABLES + JSON + TEXT)
+    files += [file for _, texts in folders_of_texts(path) for file in texts]
+    digest = hashlib.sha256()
+    for name, file in sorted((os.path.relpath(file, os.fsdecode(path)), file) for file in files):
+        digest.update(os.fsencode(name) + b"\0" + bytes.fromhex(fingerprint(file)))
+    return digest.hexdigest()
 
 
-def _json_cells(records: Objects, columns: Columns, labelled: bool, file: str) -> Cells:
-    names = list(dict.fromkeys(key for _, record in records for key in record))
-    where = f"{file}:{records[0][0]}"
+def _file_rows(
+    path: Path, columns: Columns, labelled: bool, member: str | None = None
+) -> tuple[Keys, list[Row]]:
+    """The columns that were read, and the rows. `member`: what their field `file` says."""
+    file, rows = shown_path(path), []
+    cells_of = _json_cells if ending_of(path) in JSON else _table_cells
+    names = {name.lower() for name in vars(columns).values() if name}
+    labels: dict[str, str] = {}  # one string for each, however many rows
+    with opened_records(path, names | {*_USUAL["text"], *_USUAL["label"]}) as records:
+        keys, cells = cells_of(records, columns, labelled, file)
+        text_key, pair_key, label_key, *_ = keys
+        for line, (text, pair, label) in cells:
+            text = _text(text, text_key, file, line)
+            pair = None if pair_key is None else _text(pair, pair_key, file, line)
+            if label_key is not None:
+                label = _label(label, label_key, labelled, file, line)
+                label = labels.setdefault(label, label)
+            rows.append(Row(text, pair, label, line, member))
+    if not rows:  # nothing, or nothing below the header
+        raise empty(file)
+    return keys, rows
+
+
+def _line_rows(path: Path, member: str | None = None) -> list[Row]:
+    """The lines of plain text, but for blank ones."""
+    with opened_lines(path) as lines:
+        texts = [(n, line) for n, line in enumerate(lines, 1) if not line.isspace()]
+    if not texts:
+        raise empty(shown_path(path))
+    return [
+        Row(line.removesuffix("\n").removesuffix("\r"), None, None, n, member) for n, line in texts
+    ]
+
+
+def _folder_rows(folder: Path, columns: Columns, labelled: bool, plain: bool = False) -> list[Row]:
+    rows: list[Row] = []
+    if tables := files_in(folder, TABLES + JSON):
+        check_one_set(folder, tables)
+        settled: Keys = []
+        for file in tables:
+            keys, found = _file_rows(file, columns, labelled, shown_path(file))
+            if settled and keys != settled:
+                expected = f"columns {show(settled)} as in {shown_path(tables[0])}"
+                raise wrong(shown_path(file), expected, show(keys), "write them all alike")
+            if not settled:
+                settled, roles = keys, zip(_USUAL, keys, strict=False)
+                names = {role: "" if key is None else str(key) for role, key in roles}
+                columns = Columns(**{role: getattr(columns, role) or names[role] for role in names})
+            rows += found
+    elif labels := folders_of_texts(folder):
+        for label, files in labels:
+            for file in files:
+                member = shown_path(file)
+                rows.append(Row(_text(whole_text(file), "", member, 1), None, label, 1, member))
+    elif plain:
+        for file in files_in(folder, TEXT):
+            rows += _line_rows(file, shown_path(file))
+    if not rows:
+        expected = f"files {' '.join(TABLES + JSON)} in it, or a folder of .txt for each label"
+        raise wrong(shown_path(folder), expected, "neither", "name a file or another folder")
+    return rows
+
+
+def _folded(row: Row) -> tuple[str, ...]:
+    texts = (row.text,) if row.pair is None else (row.text, row.pair)
+    return tuple(" ".join(text.split()).casefold() for text in texts)
+
+
+def _json_cells(records: Iterator[Object], columns: Columns, labelled: bool, file: str) -> Cells:
+    objects = list(records)
+    if not objects:
+        raise empty(file)
+    names = dict.fromkeys(key for _, record in objects for key in record)
+    names |= dict.fromkeys(path for _, record in objects[:100] for path in _paths(record))
+    for name in filter(None, vars(columns).values()):
+        if "." in name and any(_value(record, name) is not _ABSENT for _, record in objects):
+            names.setdefault(name)  # a path that may go deeper
+    where, names = f"{file}:{objects[0][0]}", list(names)
     asked = _asked(names, columns, where, numbers=False)
     keys = [None if i is None else names[i] for i in _named(names, asked, columns, labelled, where)]
-    return keys, ((line, [record.get(key) for key in keys]) for line, record in records)
+    return keys, (
+        (line, [None if key is None else _value(record, key) for key in keys])
+        for line, record in objects
+    )
 
 
-def _table_cells(table: Table, columns: Columns, labelled: bool, file: str) -> Cells:
-    first_line, first = table[0]
-    for line, fields in table:
-        if len(fields) != len(first):
-            expected = f"{len(first)} fields as on line {first_line}"
-            todo = "replace a tab inside a text (TSV), quote a text with commas (CSV)"
-            raise wrong(f"{file}:{line}", expected, str(len(fields)), todo)
+def _paths(record: dict[str, object]) -> Iterator[str]:
+    """The names of what stands one level below the keys."""
+    for key, value in record.items():
+        if isinstance(value, list) and value:
+            key, value = f"{key}.0", value[0]
+        if isinstance(value, dict):
+            yield from (f"{key}.{name}" for name in value)
+
+
+def _value(record: dict[str, object], name: str) -> object:
+    """What stands under a key, or at the end of a dotted path."""
+    if name in record or "." not in name:
+        return record.get(name, _ABSENT)
+    value: object = record
+    for part in name.split("."):
+        if isinstance(value, dict):
+            value = value.get(part, _ABSENT)
+        elif isinstance(value, list) and part.isdecimal():
+            index = int(part[:9])  # no list is as long, and int() refuses thousands of digits
+            value = value[index] if index < len(value) else _ABSENT
+        elif value is not None:  # of null every part is null
+            return _ABSENT
+    return value
+
+
+def _table_cells(records: Iterator[Record], columns: Columns, labelled: bool, file: str) -> Cells:
+    records = _same_width(records, file)
+    first_line, first = next(records, (1, []))
+    if not first:
+        raise empty(file)
     where, names = f"{file}:{first_line}", [name.strip() for name in first]
     asked = _asked(names, columns, where, numbers=True)
-    if _has_header(table, columns, labelled):
-        found, table = _named(names, asked, columns, labelled, where), table[1:]
-    else:
-        found, names = _unnamed(table, asked, columns, labelled, where), range(1, len(first) + 1)
+    if not _is_header(names, columns):  # then all rows must be looked at
+        table = [(first_line, first), *records]
+        records = iter(table)
+        if not _has_header(table, columns, labelled):
+            found = _unnamed(table, asked, columns, labelled, where)
+            keys, cells = _cells(records, found, range(1, len(first) + 1))
+            return [*keys, len(first)], cells
+        next(records)
+    return _cells(records, _named(names, asked, columns, labelled, where), names)
+
+
+def _same_width(records: Iterator[Record], file: str) -> Iterator[Record]:
+    first_line = width = 0
+    for line, fields in records:
+        first_line, width = first_line or line, width or len(fields)
+        if len(fields) != width:
+            expected = f"{width} fields as on line {first_line}"
+            todo = "replace a tab inside a text (TSV), quote a text with the separator in it (CSV)"
+            raise wrong(f"{file}:{line}", expected, str(len(fields)), todo)
+        yield line, fields
+
+
+def _cells(records: Iterator[Record], found: list[int | None], names: Sequence[str | int]) -> Cells:
     keys = [None if i is None else names[i] for i in found]
-    return keys, ((line, [None if i is None else row[i] for i in found]) for line, row in table)
+    return keys, ((line, [None if i is None else row[i] for i in found]) for line, row in records)
 
 
-def _has_header(table: Table, columns: Columns, labelled: bool) -> bool:
+def _is_header(names: list[str], columns: Columns) -> bool:
+    """Whether the first record alone says so."""
     if not all(name.isdecimal() for name in vars(columns).values() if name):
         return True
+    known = {name.lower() for name in names}
+    return all(known.intersection(_USUAL[role]) for role in ("text", "label"))
+
+
+def _has_header(table: list[Record], columns: Columns, labelled: bool) -> bool:
+    """Whether the first record is one that has a text's name, and no label's."""
     first = [cell.strip().lower() for cell in table[0][1]]
     texts = [i for i, cell in enumerate(first) if cell in _USUAL["text"]]
-    if not texts or any(cell in _USUAL["label"] for cell in first):
-        return bool(texts)
-    # A text name alone: "question" may as well be the label of the first row, and then recurs.
+    # "question" may as well be the label of the first row, and then recurs.
     recurs = len(first) > 1 and any(
         fields[i].strip().lower() == first[i] for i in texts for _, fields in table[1:]
     )
-    return not recurs and not (labelled and columns.label)
+    return bool(texts) and not recurs and not (labelled and columns.label)
 
 
 def _asked(names: list[str], columns: Columns, where: str, numbers: bool) -> dict[str, int]:
@@ -242,12 +389,14 @@ def _named(
             found[role] = next((free[name] for name in usual if name in free), None)
         if found.get(role) is None and (role == "text" or (role == "label" and labelled)):
             expected = f"a usual name for the {role} column, such as {usual[0]!r}"
-            raise wrong(where, expected, show(names, 300), f"set --{role}_column")
+            below = [n for n in names if n.lower().rpartition(".")[2] in usual]
+            todo = f"set --{role}_column {show(below[0]) if below else ''}".rstrip()
+            raise wrong(where, expected, show(names, 300), todo)
     return [found.get(role) for role in _USUAL]
 
 
 def _unnamed(
-    table: Table, asked: dict[str, int], columns: Columns, labelled: bool, where: str
+    table: list[Record], asked: dict[str, int], columns: Columns, labelled: bool, where: str
 ) -> list[int | None]:
     """The columns as asked, else by how many different values they hold: labels the fewest."""
     first = table[0][1]
@@ -275,13 +424,16 @@ def _unnamed(
     return [text, pair, label]
 
 
-def _text(value: object, key: str | int, where: str) -> str:
-    if isinstance(value, str) and value.strip():
-        return value
-    raise wrong(where, f"a text in column {show(key)}", kind_of(value), "mend or remove the row")
+def _text(value: object, key: str | int, file: str, line: int) -> str:
+    if isinstance(value, str):
+        return value if value.strip() else ""
+    if value is None:
+        return ""
+    todo = "mend or remove the row"
+    raise wrong(f"{file}:{line}", f"a text in column {show(key)}", kind_of(value), todo)
 
 
-def _label(value: object, key: str | int, labelled: bool, where: str) -> str | None:
+def _label(value: object, key: str | int, labelled: bool, file: str, line: int) -> str | None:
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, bool):  # before int, which it is too
@@ -289,6 +441,7 @@ def _label(value: object, key: str | int, labelled: bool, where: str) -> str | N
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
         return str(int(value))
     if labelled:
+        expected = f"a label in column {show(key)}"
         todo = "write a string or a whole number, or remove the row"
-        raise wrong(where, f"a label in column {show(key)}", kind_of(value), todo)
+        raise wrong(f"{file}:{line}", expected, kind_of(value), todo)
     return None

@@ -138,13 +138,12 @@ def test_json_columns_are_keys(write):
 @pytest.mark.parametrize("read", [read_rows, read_texts, fingerprint])
 def test_files_that_cannot_be_opened(read, tmp_path, monkeypatch):
     assert_refused(read, tmp_path / "a.csv", "No such file or directory")
-    assert_refused(read, tmp_path, "Is a directory")
     for name in ("a\0\n.csv", "\ud800.csv"):
         with pytest.raises(InputError, match="an impossible name") as caught:
             read(name)
         assert len(str(caught.value).splitlines()) == 1
 
-    def deny(*_):
+    def deny(*_, **__):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("builtins.open", deny)  # root may read everything
