@@ -1,6 +1,7 @@
 """minift.metrics against scikit-learn, and its tables against text."""
 
 import json
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -110,9 +111,15 @@ def test_names_add_the_f1_of_every_label():
     assert plain == classification_metrics(target, predicted, 3)
 
 
+def rows_of(matrix) -> tuple[np.ndarray, np.ndarray]:
+    """(target, predicted) that are counted in a matrix."""
+    matrix = np.asarray(matrix)
+    return np.indices(matrix.shape).reshape(2, -1).repeat(matrix.ravel(), axis=1)
+
+
 def test_format_confusion():
-    matrix = np.array([[10, 2, 0], [1, 107, 0], [0, 0, 0]])
-    assert format_confusion(matrix, ["no", "yes", "maybe"]).splitlines() == [
+    rows = rows_of([[10, 2, 0], [1, 107, 0], [0, 0, 0]])
+    assert format_confusion(*rows, ["no", "yes", "maybe"]).splitlines() == [
         "true \\ predicted  no  yes  maybe  recall",
         "no                10    2      0   83.3%",
         "yes                1  107      0   99.1%",
@@ -121,12 +128,35 @@ def test_format_confusion():
 
 
 def test_format_confusion_numbers_columns_that_do_not_fit():
-    matrix = np.array([[10, 2], [1, 107]])
-    assert format_confusion(matrix, ["graphical interfaces", "e-mail"], 40).splitlines() == [
+    rows = rows_of([[10, 2], [1, 107]])
+    assert format_confusion(*rows, ["graphical interfaces", "e-mail"], 40).splitlines() == [
         "true \\ predicted         1    2  recall",
         "1 graphical interfaces  10    2   83.3%",
         "2 e-mail                 1  107   99.1%",
     ]
+
+
+def test_format_confusion_lines_up_what_is_wide_and_what_stands_on_letters():
+    """By the columns of a terminal: 好 and 😀 take two, an accent of its own and a joiner none."""
+    names = ["好评", "cafe\u0301", "😀", "نمی\u200cروم"]
+    table = format_confusion(*rows_of(np.eye(4, dtype=int) * [[5], [6], [7], [8]]), names)
+    assert table.splitlines() == [
+        "true \\ predicted  好评  cafe\u0301  😀  نمی\u200cروم  recall",
+        "好评                 5     0   0       0  100.0%",
+        "cafe\u0301                 0     6   0       0  100.0%",
+        "😀                   0     0   7       0  100.0%",
+        "نمی\u200cروم               0     0   0       8  100.0%",
+    ]
+    narrow = format_confusion(*rows_of(np.eye(2, dtype=int)), ["好" * 15, "b"], 50)
+    assert narrow.splitlines()[0].endswith("1  2  recall")  # 15 characters are 30 columns
+
+
+def test_format_confusion_keeps_every_label_on_its_line():
+    names = ["a\nb\u2028", "c" * 1000]
+    lines = format_confusion(*rows_of([[1, 1], [0, 1]]), names, 1000).splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("a\\nb\\u2028 ")
+    assert lines[2].startswith("c" * 57 + "... ")
 
 
 @pytest.mark.parametrize(("n_labels", "max_width"), [(21, 1000), (3, 20)])
@@ -134,7 +164,7 @@ def test_format_confusion_lists_the_worst(n_labels, max_width):
     matrix = np.eye(n_labels, dtype=np.int64) * 50
     matrix[0, 2], matrix[2, 1], matrix[1, 0] = 3, 12, 3
     names = [f"label {i}" for i in range(n_labels)]
-    assert format_confusion(matrix, names, max_width).splitlines() == [
+    assert format_confusion(*rows_of(matrix), names, max_width).splitlines() == [
         "true -> predicted   count",
         "label 2 -> label 1     12",
         "label 0 -> label 2      3",
@@ -144,9 +174,43 @@ def test_format_confusion_lists_the_worst(n_labels, max_width):
 
 def test_format_confusion_lists_at_most_twenty():
     names = [str(i) for i in range(30)]
-    assert len(format_confusion(np.ones((30, 30), np.int64), names).splitlines()) == 21
-    right = format_confusion(np.eye(30, dtype=np.int64), names)
+    assert len(format_confusion(*rows_of(np.ones((30, 30), int)), names).splitlines()) == 21
+    right = format_confusion(*rows_of(np.eye(30, dtype=int)), names)
     assert right == "no confusions: every row is right"
+
+
+def test_ten_thousand_labels_make_no_square():
+    """Their matrix would take 800 MB; the scores, the list and per_class stay below 64."""
+    n_labels = 10_000
+    target = np.arange(100_000) % n_labels
+    predicted = np.where(target % 10, target, (target + 1) % n_labels)
+    names = [f"label {i}" for i in range(n_labels)]
+    tracemalloc.start()
+    try:
+        scores = classification_metrics(target, predicted, n_labels, names)
+        table = format_confusion(target, predicted, names)
+        each = per_class(target, predicted, n_labels)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 64e6
+    assert scores["accuracy"] == 0.9
+    assert scores["mcc"] == pytest.approx(0.9, abs=1e-4)  # labels are many: chance is near 0
+    assert not any(name.startswith("f1/") for name in scores)
+    assert table.splitlines()[:2] == [
+        "true -> predicted       count",
+        "label 0 -> label 1         10",
+    ]
+    assert (each[0]["recall"], each[1]["recall"], each[1]["support"]) == (0, 1, 10)
+    with pytest.raises(ValueError, match="at most 4096 labels, got 10000: use per_class"):
+        confusion_matrix(target, predicted, n_labels)
+
+
+def test_f1_of_every_label_is_told_up_to_a_hundred():
+    for n_labels, told in ((100, 100), (101, 0)):
+        labels = np.arange(n_labels)
+        scores = classification_metrics(labels, labels, n_labels, [str(i) for i in labels])
+        assert sum(name.startswith("f1/") for name in scores) == told
 
 
 @pytest.mark.parametrize(
@@ -161,7 +225,10 @@ def test_format_confusion_lists_at_most_twenty():
     ],
 )
 def test_bad_labels_are_explained(target, predicted, message):
-    for function in (confusion_matrix, classification_metrics, per_class):
+    def confusions(target, predicted, n_labels):
+        return format_confusion(target, predicted, ["name"] * n_labels)
+
+    for function in (confusion_matrix, classification_metrics, per_class, confusions):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the text is compared below)
             function(np.array(target), np.array(predicted), 2)
         assert str(error.value).startswith(message)
@@ -170,5 +237,3 @@ def test_bad_labels_are_explained(target, predicted, message):
 def test_bad_names_are_explained():
     with pytest.raises(ValueError, match="expected 2 names, got 1: pass one name for every label"):
         classification_metrics(np.array([0]), np.array([0]), 2, ["only"])
-    with pytest.raises(ValueError, match=r"each of 3 names, got shape \(2, 2\): pass what"):
-        format_confusion(np.eye(2), ["a", "b", "c"])
