@@ -1,11 +1,21 @@
 """Files in, rows or one line of explanation out."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 
-from minift.data import Columns, Row, fingerprint, read_rows, read_texts, stratified_split
+from minift.data import (
+    Columns,
+    Row,
+    fingerprint,
+    overlap,
+    read_rows,
+    read_texts,
+    stratified_split,
+    with_texts,
+)
 from minift.errors import InputError
 
 DATA = Path(__file__).parents[2] / "shared/data"
@@ -196,6 +206,208 @@ def test_texts_to_predict_refuse_what_is_broken(write):
     assert_refused(read_texts, write("a.csv", "text\nx\n \n y,z\n"), ":4:", "1 fields")
 
 
+@pytest.mark.parametrize(
+    ("column", "record", "expected"),
+    [
+        ("data.review.text", {"data": {"review": {"text": "x"}}}, "x"),
+        ("messages.1.content", {"messages": [{"content": "w"}, {"content": "x"}]}, "x"),
+        ("list.0", {"list": ["x", "y"]}, "x"),
+        ("a.b", {"a.b": "x", "a": {"b": "w"}}, "x"),  # a key that is called so
+        ("a.0", {"a": {"0": "x"}}, "x"),
+        ("a.b.c", {"a": {"b": None}}, ""),  # of null every part is null
+        ("a.b", {"a": {"b": " "}}, ""),
+    ],
+)
+def test_a_path_through_json(write, column, record, expected):
+    path = write("a.jsonl", json.dumps({**record, "label": 0}) + "\n")
+    assert [row.text for row in read_rows(path, Columns(text=column))] == [expected]
+
+
+def test_a_path_leads_to_labels_and_pairs_too(write):
+    path = write("a.jsonl", '{"q": {"a": "x", "b": "y"}, "gold": [{"class": true}]}\n')
+    columns = Columns("q.a", "q.b", "gold.0.class")
+    assert fields(read_rows(path, columns)) == [("x", "y", "true")]
+
+
+@pytest.mark.parametrize(
+    ("column", "line", "parts"),
+    [
+        ("a.c", '{"a": {"b": "x"}}', (":1:", "a column 'a.c'", "did you mean 'a.b'?")),
+        ("a.b.c", '{"a": {"b": "x"}}', (":1:", "a column 'a.b.c'")),
+        ("a.1", '{"a": ["x"]}', (":1:", "a column 'a.1'")),
+        ("a." + "9" * 5000, '{"a": ["x"]}', (":1:", "a column 'a.999")),
+        ("a.-1", '{"a": ["x"]}', (":1:", "a column 'a.-1'")),
+        ("a.b", '{"a": {"b": 1}}', (":1:", "a text in column 'a.b', got a number")),
+        ("a.b", '{"a": {"b": "x"}}\n{"a": {}}', (":2:", "a text in column 'a.b', got nothing")),
+        ("a.b", '{"a": {"b": "x"}}\n{"a": "b"}', (":2:", "a text in column 'a.b', got nothing")),
+    ],
+)
+def test_paths_that_lead_nowhere(write, column, line, parts):
+    assert_refused(read_texts, write("a.jsonl", line), *parts, columns=Columns(text=column))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("a.jsonl", '{"data": {"Review": "x"}, "label": 0}',
+         ("'data.Review'", "set --text_column 'data.Review'")),
+        ("a.jsonl", '{"messages": [{"content": "x"}], "label": 0}',
+         ("set --text_column 'messages.0.content'",)),
+        ("a.jsonl", '{"text": "x", "meta": {"label": 0}}', ("set --label_column 'meta.label'",)),
+        ("a.csv", "review.text,label,id\nx,0,1\n", ("set --text_column 'review.text'",)),
+    ],
+)  # fmt: skip
+def test_dotted_names_are_suggested(write, name, content, parts):
+    """Taken by itself only what is called so at the top: deeper down there may be many."""
+    columns = Columns(label="label") if name == "a.csv" else Columns()
+    assert_refused(read_rows, write(name, content), ":1:", "a usual name", *parts, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "text,text2,label\n,y,0\nx, \u3000,1\nx,y,0\n"),
+        ("a.csv", ",y,0\nx, ,1\nx,y,0\n"),
+        ("a.tsv", "\ty\t0\nx\t\t1\nx\ty\t0\n"),
+        ("a.jsonl", '{"text": null, "text2": "y", "label": 0}\n{"text": "x", "text2": "\\t", '
+         '"label": 1}\n{"text": "x", "text2": "y", "label": 0}'),
+    ],
+)  # fmt: skip
+def test_blank_texts_are_set_apart(write, name, content):
+    """They are read as "", and what to do with them is the caller's decision."""
+    rows = read_rows(write(name, content))
+    assert fields(rows) == [("", "y", "0"), ("x", "", "1"), ("x", "y", "0")]
+    assert with_texts(rows) == (rows[2:], rows[:2])
+
+
+def test_rows_without_a_pair_need_none():
+    rows = [Row("x", None, "0", 1), Row(" \n", None, "0", 2)]
+    assert with_texts(rows) == (rows[:1], rows[1:])
+
+
+def test_overlap():
+    """Case and white space make no difference, and each row of `other` counts."""
+    texts = lambda *texts: [Row(text, None, "0", 1) for text in texts]  # noqa: E731
+    train = texts("Good  film", "bad", "bad", "STRASSE")
+    assert overlap(train, texts(" good\tFILM\u2028", "bad", "BAD", "stra\xdfe", "new")) == 4
+    assert overlap(train, texts("goodfilm", "caf\xe9")) == 0
+    assert overlap(train, []) == overlap([], train) == 0
+    pairs = [Row("a", "b", "0", 1), Row("c", "d", "0", 1)]
+    assert overlap(pairs, [Row("A", "B ", "1", 1), Row("a", "d", "0", 1)]) == 1
+    assert overlap(texts("a"), pairs) == 0
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def folder(**files: str) -> Path:
+        """A folder with files; "__" in a name stands for the dot, "_in_" for a folder's slash."""
+        for name, content in files.items():
+            path = tmp_path / "data" / name.replace("_in_", "/").replace("__", ".")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode())
+        return tmp_path / "data"
+
+    return folder
+
+
+def test_a_folder_of_tables_is_one_data_set(folder):
+    """In the order of names, whatever the format; a row knows its file and line."""
+    path = folder(
+        b__jsonl='{"label": 2, "text": "c"}\n', a__csv="id;label;text\n7;0;a\n\n8;1;b\n",
+        c__tsv="text\tlabel\td\nd\t3\t\n", README__csv="?", notes__txt="?", sub_in_a__csv="?",
+    )  # fmt: skip
+    assert read_rows(path) == [
+        Row("a", None, "0", 2, f"{path}/a.csv"),
+        Row("b", None, "1", 4, f"{path}/a.csv"),
+        Row("c", None, "2", 1, f"{path}/b.jsonl"),
+        Row("d", None, "3", 2, f"{path}/c.tsv"),
+    ]
+    assert read_texts(path) == read_rows(path)
+    assert read_rows(path / "a.csv")[0].file is None
+
+
+def test_files_without_headers_have_what_the_first_has(folder):
+    """In the second alone the first column would be taken for the label."""
+    path = folder(a__tsv="x\t0\ny\t0\n", b__tsv="z\t1\nz\t2\n")
+    assert fields(read_rows(path)) == [("x", None, "0"), ("y", None, "0"), ("z", None, "1"),
+                                       ("z", None, "2")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "parts"),
+    [
+        ("text,label\nx,0\n", "review,label\nx,0\n", ("a column 'text'", "'review'")),
+        ("text,label\nx,0\n", "y,0\n", ("a column 'text'", "['y', '0']")),
+        ("x,0\ny,0\n", "text,label\nx,0\n", ("columns [1, None, 2, 2]", "a.csv", "alike")),
+        ("x,0\ny,0\n", "1,x,0\n", ("columns [1, None, 2, 2]", "[1, None, 2, 3]")),
+        ("text,text2,label\nx,y,0\n", "text,label\nx,0\n", ("a column 'text2'",)),
+        ("text,label\nx,0\n", "text,label\nx,0\ny,\n", (":3:", "a label", "empty")),
+        ("text,label\nx,0\n", "", ("empty file",)),
+        ("text,label\nx,0\n", "text,label\nx,\0\n", (":2:", "NUL")),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named(folder, first, second, parts):
+    path = folder(a__csv=first, b__csv=second)
+    with pytest.raises(InputError) as caught:
+        read_rows(path)
+    assert str(caught.value).startswith(f"{path}/b.csv")
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_columns_asked_by_number_must_be_the_same_everywhere(folder):
+    path = folder(a__csv="text,label\nx,0\n", b__csv="label,text\n0,x\n")
+    assert fields(read_rows(path)) == [("x", None, "0")] * 2
+    columns = Columns(text="1", label="2")
+    assert_refused(read_rows, path, "b.csv: expected columns ['text', None", columns=columns)
+
+
+def test_a_folder_for_each_label(folder):
+    """The text is the whole file; `unsup` is a label like any other."""
+    path = folder(
+        pos_in_1_9__txt="good\r\n\r\nfilm\n", neg_in_2_1__txt="bad", neg_in_10_1__txt="\ufeffpoor",
+        unsup_in_0_0__txt="\n", urls__txt="?", neg_in_README__txt="?", pos_in_a__feat="?",
+    )  # fmt: skip
+    assert read_rows(path) == [
+        Row("poor", None, "neg", 1, f"{path}/neg/10_1.txt"),
+        Row("bad", None, "neg", 1, f"{path}/neg/2_1.txt"),
+        Row("good\r\n\r\nfilm\n", None, "pos", 1, f"{path}/pos/1_9.txt"),
+        Row("", None, "unsup", 1, f"{path}/unsup/0_0.txt"),
+    ]
+    assert read_texts(path) == read_rows(path)
+    (path / "pos/1_9.txt").write_bytes(b"a\nb\xff")
+    assert_refused(read_rows, path, "pos/1_9.txt:2:", "byte 0xff at column 2")
+
+
+def test_plain_texts_of_a_folder_are_to_predict(folder):
+    path = folder(b__txt="y\r\n", a__txt="\nx\n")
+    assert read_texts(path) == [Row("x", None, None, 2, f"{path}/a.txt"),
+                                Row("y", None, None, 1, f"{path}/b.txt")]  # fmt: skip
+    assert_refused(read_rows, path, "expected files .csv", "a folder of .txt for each label")
+
+
+def test_a_folder_with_nothing_to_read(folder):
+    path = folder(train_in_pos_in_1__txt="x", a__xml="x")
+    for read in (read_rows, read_texts):
+        assert_refused(read, path, "got neither", "name a file or another folder")
+    assert [row.label for row in read_rows(path / "train")] == ["pos"]
+
+
+def test_fingerprint_of_a_folder(folder):
+    """It changes with a name and with a content, and with nothing else."""
+    path = folder(a__csv="x", b_in_c__txt="y", README="z")
+    print_of = fingerprint(path)
+    assert len(print_of) == 64
+    (path / "README").write_text("other")
+    assert fingerprint(f"{path}/") == print_of
+    (path / "b/c.txt").write_text("z")
+    assert fingerprint(path) != print_of
+    (path / "b/c.txt").write_text("y")
+    assert fingerprint(path) == print_of
+    (path / "b").rename(path / "d")
+    assert fingerprint(path) != print_of
+
+
 def test_split_keeps_shares_and_order():
     labels = "a" * 50 + "b" * 15 + "c" * 2 + "d"
     rows = [Row(str(i), None, label, i) for i, label in enumerate(labels[::-1])]
@@ -231,5 +443,11 @@ def test_real_files():
     banking = read_rows(DATA / "banking77/train.csv")
     assert len(banking) == 10003
     assert len({row.label for row in banking}) == 77
-    hotel = DATA / "chnsenticorp_htl/ChnSentiCorp_htl_all.csv"
-    assert_refused(read_rows, hotel, ":6376:", "a text in column 'review'", "empty")
+    hotel = read_rows(DATA / "chnsenticorp_htl/ChnSentiCorp_htl_all.csv")
+    assert len(hotel) == 7766
+    assert [row.line for row in with_texts(hotel)[1]] == [6376]
+    pairs = read_rows(DATA / "stsb/train.tsv", Columns(label="score"))
+    assert len(pairs) == 3749
+    assert all(row.text and row.pair for row in pairs)
+    assert overlap(sst2, read_rows(DATA / "sst2/dev.tsv")) == 0
+    assert_refused(read_rows, DATA / "banking77", "'test.csv' and 'train.csv'")
