@@ -144,7 +144,17 @@ def test_delimiters_are_found(write, content, expected):
     assert (row.text, row.label) == expected
 
 
-def test_asked_names_tell_the_delimiter(write):
+def test_names_tell_the_delimiter(write):
+    """Both split every line in two; one gives names that are usual or asked for."""
+    for header, columns in (
+        ("text,b;label", Columns("text,b")),
+        ("a,b;c", Columns("a,b", "", "c")),
+    ):
+        path = write("a.csv", header + "\n1,x;0\n1,y;0\n")
+        assert fields(read_rows(path, columns)) == [("1,x", None, "0"), ("1,y", None, "0")]
+
+
+def test_asked_names_tell_the_delimiter_of_a_broken_file(write):
     path = write("a.csv", "Kommentar;Klasse\nx, y;0\nz\n")
     columns = Columns(text="Kommentar", label="Klasse")
     assert_refused(read_rows, path, ":3:", "2 fields as on line 1, got 1", columns=columns)
