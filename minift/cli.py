@@ -123,6 +123,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     predict.add_argument("text", nargs="*", help="texts to label; none: --data, or lines of stdin")
     predict.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON lines, or a text a line")
+    predict.add_argument("--top_k", type=int, default=10, help="labels in `scores`; 0: all (10)")
     subs["inspect"].add_argument(
         "model", metavar="DIR", help="a model folder, a hub id, or a configuration file"
     )

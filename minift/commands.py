@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 from .config import RunConfig, TrainConfig
-from .data import Columns, Row, read_rows, read_texts
+from .data import Columns, Row, read_rows, read_texts, with_texts
 from .describe import describe
 from .errors import InputError
 from .files import make_folder, write_file
 from .hub import locate
-from .metrics import confusion_matrix, format_confusion
-from .prepare import Notice, length_limit, overflow, pick_device
+from .metrics import format_confusion
+from .prepare import Notice, left_out, length_limit, overflow, pick_device
 from .run import Evaluation, Finished, fine_tune
 from .tasks.classification import Classification, logits_of, predict
 from .tokenizer import Tokenizer
@@ -136,8 +136,7 @@ def report(done: Finished, quiet: bool) -> None:
     """The confusion table and the verdict of a finished run."""
     if not quiet:
         target, predicted = np.array(done.target), np.array(done.predicted)
-        matrix = confusion_matrix(target, predicted, len(done.labels))
-        say("\nvalidation, best model\n" + format_confusion(matrix, done.labels))
+        say("\nvalidation, best model\n" + format_confusion(target, predicted, done.labels))
     verdict(done.summary, "eval_")
 
 
@@ -165,7 +164,9 @@ def load_trained(args: argparse.Namespace) -> Loaded:
 def evaluate(args: argparse.Namespace) -> int:
     """`minift eval`: metrics and confusion; the last line of stdout is JSON."""
     loaded = load_trained(args)
-    rows = read_rows(args.data, loaded.columns)
+    rows, blank = with_texts(read_rows(args.data, loaded.columns))
+    if text := left_out(blank, rows, args.data):
+        say(f"WARNING: {args.data}: {text}")
     task = Classification(loaded.model.config.labels)
     examples = task.encode(rows, loaded.tokenizer, args.data)
     if text := overflow(args.overflow, rows, examples, loaded.tokenizer, args.data):
@@ -176,8 +177,7 @@ def evaluate(args: argparse.Namespace) -> int:
     metrics["eval_runtime"] = time.perf_counter() - start
     if not args.quiet:
         target = np.array([e.target for e in examples])
-        matrix = confusion_matrix(target, logits.argmax(-1), len(task.labels))
-        say(format_confusion(matrix, task.labels))
+        say(format_confusion(target, logits.argmax(-1), task.labels))
     verdict(metrics, "eval_")
     print(json.dumps(metrics))
     return 0
@@ -192,7 +192,8 @@ def texts(args: argparse.Namespace, columns: Columns) -> Iterator[list[Row]]:
         rows = rows or read_texts(args.data, columns)
         for row in rows:
             if not row.text.strip():
-                raise InputError(f"{args.data or 'text'}:{row.line}: expected a text, got none")
+                where = f"{row.file or args.data or 'text'}:{row.line}"
+                raise InputError(f"{where}: expected a text, got none: mend or remove the row")
             if any("\ud800" <= c <= "\udfff" for c in row.text):  # how argv holds other bytes
                 raise InputError(f"text:{row.line}: expected UTF-8, got {row.text!r}")
         yield from (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
@@ -228,7 +229,7 @@ def label(args: argparse.Namespace) -> int:
     """`minift predict`: a JSON object a text, in order, and nothing else on stdout."""
     loaded, count, start = load_trained(args), 0, time.perf_counter()
     for block in texts(args, loaded.columns):
-        for answer in predict(loaded.model, loaded.tokenizer, block, loaded.dtype):
+        for answer in predict(loaded.model, loaded.tokenizer, block, loaded.dtype, args.top_k):
             print(json.dumps(answer, ensure_ascii=False))
         sys.stdout.flush()
         count += len(block)

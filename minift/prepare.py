@@ -10,7 +10,15 @@ from torch import nn
 
 from .batch import Batches, Example
 from .config import RunConfig, TrainConfig
-from .data import Columns, Row, fingerprint, read_rows, stratified_split
+from .data import (
+    Columns,
+    Row,
+    fingerprint,
+    overlap,
+    read_rows,
+    stratified_split,
+    with_texts,
+)
 from .errors import InputError
 from .hub import locate
 from .methods import format_rules
@@ -72,7 +80,12 @@ def read_data(run: RunConfig, seed: int) -> Generator[Notice, None, dict[str, li
     """
     columns = Columns(run.text_column or None, run.pair_column or None, run.label_column or None)
     files = {"train": run.train_file, "validation": run.validation_file, "test": run.test_file}
-    rows = {part: read_rows(path, columns) for part, path in files.items() if path}
+    rows = {}
+    for part, path in files.items():
+        if path:
+            rows[part], blank = with_texts(read_rows(path, columns))
+            if text := left_out(blank, rows[part], path):
+                yield Notice(f"{part}: {text}", loud=True)
     labels = label_names(rows["train"], run.train_file)
     if not run.validation_file:
         train, validation = stratified_split(rows["train"], run.validation_split, seed)
@@ -90,6 +103,21 @@ def read_data(run: RunConfig, seed: int) -> Generator[Notice, None, dict[str, li
     kind = "pairs of texts" if rows["train"][0].pair is not None else "texts"
     yield Notice(f"rows: {counts}; {kind}; {len(labels)} labels")
     return rows
+
+
+def left_out(blank: list[Row], kept: list[Row], path: str) -> str | None:
+    """What to say of rows without a text, if there are any.
+
+    Raises:
+        InputError: there are no others.
+    """
+    if not blank:
+        return None
+    first = f"{blank[0].file or path}:{blank[0].line}"
+    if not kept:
+        raise InputError(f"{first}: expected a text in some row, every one is blank")
+    what = "1 row is" if len(blank) == 1 else f"{len(blank):,} rows are"
+    return f"{what} left out for having no text, the first at {first}"
 
 
 def encode(
@@ -202,6 +230,13 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     task = Classification(labels, weights, config.label_smoothing_factor)
     examples = yield from encode(run, rows, task, tokenizer)
     check_metric(run.metric_for_best_model, task, examples["validation"])
+    for part in ("validation", "test"):
+        if n := overlap(rows["train"], rows.get(part, [])):
+            yield Notice(
+                f"{n:,} of {len(rows[part]):,} {part} rows stand in the training rows too: results "
+                "on them look better than they are",
+                loud=True,
+            )
     model.to(device)
     state = TrainState.new(model, config, ops)
     yield Notice(format_rules(state.groups))

@@ -62,8 +62,12 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def opened_lines(path: Path) -> Iterator[Iterator[str]]:
+def opened_lines(path: Path, bare_cr: bool = False) -> Iterator[Iterator[str]]:
     """The lines of a file, decompressed if its name ends in .gz, each with its "\\n".
+
+    Args:
+        path: the file.
+        bare_cr: whether there may be more CR than LF, which else looks like a file of old.
 
     Raises:
         InputError: as `opened`; the file is not UTF-8, holds NUL or a line of more than 8 MiB.
@@ -71,7 +75,7 @@ def opened_lines(path: Path) -> Iterator[Iterator[str]]:
     with opened(path) as stream:
         if _is_gzip(path):
             stream = io.BufferedReader(gzip.GzipFile(fileobj=stream), _BUFFER)
-        yield _lines(stream, path)
+        yield _lines(stream, shown_path(path), bare_cr)
 
 
 @contextmanager
@@ -89,7 +93,7 @@ def opened_records(
     """
     file, ending = shown_path(path), ending_of(path)
     limit_of_process = csv.field_size_limit()
-    with opened_lines(path) as lines:
+    with opened_lines(path, bare_cr=ending == ".csv") as lines:  # csv.reader finds them
         if ending not in TABLES + JSON:
             expected = f"a name that ends in {' '.join(TABLES + JSON)}"
             raise wrong(file, expected, show(ending), "convert or rename the file")
@@ -109,7 +113,7 @@ def whole_text(path: Path) -> str:
     Raises:
         InputError: as `opened_lines`.
     """
-    with opened_lines(path) as lines:
+    with opened_lines(path, bare_cr=True) as lines:
         return "".join(lines)
 
 
@@ -164,17 +168,17 @@ def _names_in(folder: Path) -> list[str]:
     return [name for name in names if not re.match(r"\.|readme|licen[cs]e", name, re.I)]
 
 
-def _lines(stream: BinaryIO, path: Path) -> Iterator[str]:
+def _lines(stream: BinaryIO, file: str, bare_cr: bool) -> Iterator[str]:
     """LF alone ends a line: texts hold NEL and U+2028."""
-    file, head = shown_path(path), stream.peek(_BUFFER)
+    head = stream.peek(_BUFFER)
     _check_encoding(head, file)
-    if ending_of(path) != ".csv":  # there a CR may be quoted, and csv.reader finds the others
+    if not bare_cr:
         inner_cr = head.count(b"\r") - head.endswith((b"\r", b"\r\n"))
         if inner_cr > head.count(b"\n") - head.endswith(b"\n"):
             raise wrong(f"{file}:1", *_BARE_CR)
     for number, data in enumerate(iter(partial(stream.readline, _MAX_LINE + 2), b""), 1):
-        if number == 1:
-            data = data.removeprefix(codecs.BOM_UTF8)
+        if number == 1 and not (data := data.removeprefix(codecs.BOM_UTF8)):
+            return
         if len(data) > _MAX_LINE and len(data.removesuffix(b"\n")) > _MAX_LINE:
             expected = f"lines of at most {_MAX_LINE >> 20} MiB"
             raise wrong(f"{file}:{number}", expected, "more", "is the file split into lines?")

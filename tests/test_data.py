@@ -201,6 +201,7 @@ def test_texts_to_predict(write, name, content, expected):
 
 def test_texts_to_predict_refuse_what_is_broken(write):
     assert_refused(read_texts, write("a.txt", "\n \n"), "empty file")
+    assert_refused(read_texts, write("a.txt", "\ufeff"), "empty file")
     assert_refused(read_texts, write("a.txt", b"x\xff\n"), ":1:", "byte 0xff at column 2")
     assert_refused(read_texts, write("a.txt", "x\ry\rz\n"), "a CR alone")
     assert_refused(read_texts, write("a.csv", "text\nx\n \n y,z\n"), ":4:", "1 fields")
@@ -365,13 +366,13 @@ def test_columns_asked_by_number_must_be_the_same_everywhere(folder):
 def test_a_folder_for_each_label(folder):
     """The text is the whole file; `unsup` is a label like any other."""
     path = folder(
-        pos_in_1_9__txt="good\r\n\r\nfilm\n", neg_in_2_1__txt="bad", neg_in_10_1__txt="\ufeffpoor",
+        pos_in_1_9__txt="good\r\r\nfilm\n", neg_in_2_1__txt="bad", neg_in_10_1__txt="\ufeffpoor",
         unsup_in_0_0__txt="\n", urls__txt="?", neg_in_README__txt="?", pos_in_a__feat="?",
     )  # fmt: skip
     assert read_rows(path) == [
         Row("poor", None, "neg", 1, f"{path}/neg/10_1.txt"),
         Row("bad", None, "neg", 1, f"{path}/neg/2_1.txt"),
-        Row("good\r\n\r\nfilm\n", None, "pos", 1, f"{path}/pos/1_9.txt"),
+        Row("good\r\r\nfilm\n", None, "pos", 1, f"{path}/pos/1_9.txt"),
         Row("", None, "unsup", 1, f"{path}/unsup/0_0.txt"),
     ]
     assert read_texts(path) == read_rows(path)

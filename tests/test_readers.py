@@ -36,6 +36,7 @@ def write(tmp_path):
         ("a.csv", b"", ("expected rows, got an empty file",)),
         ("a.jsonl", b"\xef\xbb\xbf\n \r\n", ("empty file",)),
         ("a.tsv", b"\n \n\n", ("empty file",)),
+        ("a.jsonl", b"\xef\xbb\xbf", ("empty file",)),
         ("a.csv", b"text,label\n\n", ("empty file",)),
         ("a.csv", b"text,label\nx,0\ny,\n",
          (":3:", "a label in column 'label'", "empty", "remove the row")),

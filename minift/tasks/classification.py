@@ -91,11 +91,12 @@ class Classification:
             if row.label is not None and row.label not in number:
                 known = ", ".join(map(repr, self.labels[:8])) + (", ..." if len(number) > 8 else "")
                 raise InputError(
-                    f"{path}:{row.line}: label {row.label!r} is not among the "
+                    f"{row.file or path}:{row.line}: label {row.label!r} is not among the "
                     f"trained ones ({known}): correct it or add it to the training rows"
                 )
             if (row.pair is not None) != paired:
-                raise InputError(f"{path}:{row.line}: expected {1 + paired} texts as in other rows")
+                where = f"{row.file or path}:{row.line}"
+                raise InputError(f"{where}: expected {1 + paired} texts as in other rows")
         examples = []
         for i in range(0, len(rows), BLOCK):
             block = rows[i : i + BLOCK]
@@ -160,21 +161,28 @@ def logits_of(
 
 
 def predict(
-    model: nn.Module, tokenizer: Tokenizer, rows: Sequence[Row], dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    rows: Sequence[Row],
+    dtype: torch.dtype = torch.float32,
+    top_k: int = 0,
 ) -> Iterator[dict]:
-    """For each row, in order: text, (pair), label, score (its probability), scores of all."""
+    """For each row, in order: text, (pair), label, score (its probability), scores of all labels,
+    or of the `top_k` likeliest where there are more."""
     labels = model.config.labels
     examples = Classification(labels).encode(
-        [Row(r.text, r.pair, None, r.line) for r in rows], tokenizer
+        [Row(r.text, r.pair, None, r.line, r.file) for r in rows], tokenizer
     )
-    for row, scores in zip(
-        rows, np.exp(log_softmax(logits_of(model, examples, dtype))), strict=True
-    ):
+    logits = logits_of(model, examples, dtype)
+    for row, scores in zip(rows, np.exp(log_softmax(logits)), strict=True):
         best = int(scores.argmax())
+        shown = range(len(labels))
+        if 0 < top_k < len(labels):
+            shown = np.argsort(-scores, kind="stable")[:top_k]
         yield {
             "text": row.text,
             **({"pair": row.pair} if row.pair is not None else {}),
             "label": labels[best],
             "score": round(float(scores[best]), 6),
-            "scores": {name: round(float(s), 6) for name, s in zip(labels, scores, strict=True)},
+            "scores": {labels[i]: round(float(scores[i]), 6) for i in shown},
         }
