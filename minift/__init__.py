@@ -1,4 +1,4 @@
-"""minift fine-tunes BERT, with hand-written kernels, from Python or from the command line."""
+"""minift fine-tunes BERT and its kin, with hand-written kernels, from Python or a command line."""
 
 from .batch import Batches, Example
 from .config import ModelConfig, RunConfig, TrainConfig
@@ -6,6 +6,7 @@ from .data import Columns, Row, read_rows, read_texts
 from .errors import InputError
 from .ops import TORCH, TRITON
 from .run import fine_tune
+from .splits import overlap, stratified_split, with_texts
 from .tasks.classification import Classification, label_names, logits_of, predict
 from .tokenizer import Tokenizer
 from .train import Diverged, Step, TrainState, train
@@ -32,10 +33,13 @@ __all__ = [
     "load",
     "load_model",
     "logits_of",
+    "overlap",
     "predict",
     "read_rows",
     "read_texts",
     "save",
     "save_model",
+    "stratified_split",
     "train",
+    "with_texts",
 ]

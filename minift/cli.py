@@ -18,7 +18,7 @@ from .config import RunConfig, TrainConfig
 from .errors import InputError
 
 COMMANDS = {
-    "train": "fine-tune a model on a file",
+    "train": "fine-tune a model on texts with labels",
     "eval": "measure a trained model on a file with labels",
     "predict": "label texts",
     "inspect": "say what a model folder holds",
@@ -85,7 +85,10 @@ def add_config(
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of `minift`, and those of its commands."""
-    parser = Parser("minift", description="Fine-tune BERT. `minift COMMAND --help` lists flags.")
+    parser = Parser(
+        "minift",
+        description="Fine-tune BERT, RoBERTa, DistilBERT. `minift COMMAND --help` lists flags.",
+    )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     subs = {}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import RunConfig, TrainConfig
-from .data import Columns, Row, read_rows, read_texts, with_texts
+from .config import ModelConfig, RunConfig, TrainConfig
+from .data import Columns, Row, read_rows, read_texts
 from .describe import describe
 from .errors import InputError
 from .files import make_folder, write_file
@@ -23,6 +23,7 @@ from .hub import locate
 from .metrics import format_confusion
 from .prepare import Notice, left_out, length_limit, overflow, pick_device
 from .run import Evaluation, Finished, fine_tune
+from .splits import with_texts
 from .tasks.classification import Classification, logits_of, predict
 from .tokenizer import Tokenizer
 from .train import Step, compute_dtype
@@ -104,8 +105,8 @@ def follow(run: RunConfig, config: TrainConfig, quiet: bool) -> Finished:
                 m = event.metrics
                 best = "  (best so far: saved)" if event.best else ""
                 bar.line(
-                    f"epoch {event.epoch:.2f}  step {event.step}  loss {m['loss']:.4f}  accuracy "
-                    f"{m['accuracy']:.4f}  f1 {m['f1']:.4f}{best}"
+                    f"epoch {event.epoch:.2f}  step {event.step}  validation: loss "
+                    f"{m['loss']:.4f}  accuracy {m['accuracy']:.4f}  f1 {m['f1']:.4f}{best}"
                 )
             elif isinstance(event, Finished):
                 finished = event
@@ -120,7 +121,8 @@ def verdict(metrics: dict[str, Any], prefix: str) -> None:
     if accuracy <= majority:
         say(
             f"WARNING: accuracy {accuracy:.4f} does not beat always answering the commonest label "
-            f"({majority:.4f}): the model has learned nothing of use"
+            f"({majority:.4f}): the model has learned nothing of use; more --epochs or a higher "
+            "--lr may help"
         )
 
 
@@ -161,12 +163,24 @@ def load_trained(args: argparse.Namespace) -> Loaded:
     return Loaded(model.to(device), tokenizer, dtype, columns)
 
 
+def check_pairs(rows: list[Row], config: ModelConfig, path: str) -> None:
+    """Raises InputError when a model of single texts is given pairs, or the other way round."""
+    if not rows or config.pairs in (None, rows[0].pair is not None):
+        return
+    where = f"{rows[0].file or path}:{rows[0].line}"
+    learned, todo = "single texts", "name the text's column with --text_column"
+    if config.pairs:
+        learned, todo = "pairs of texts", "give two text columns in --data"
+    raise InputError(f"{where}: the model was trained on {learned}, got others: {todo}")
+
+
 def evaluate(args: argparse.Namespace) -> int:
     """`minift eval`: metrics and confusion; the last line of stdout is JSON."""
     loaded = load_trained(args)
     rows, blank = with_texts(read_rows(args.data, loaded.columns))
     if text := left_out(blank, rows, args.data):
         say(f"WARNING: {args.data}: {text}")
+    check_pairs(rows, loaded.model.config, args.data)
     task = Classification(loaded.model.config.labels)
     examples = task.encode(rows, loaded.tokenizer, args.data)
     if text := overflow(args.overflow, rows, examples, loaded.tokenizer, args.data):
@@ -191,9 +205,6 @@ def texts(args: argparse.Namespace, columns: Columns) -> Iterator[list[Row]]:
         rows = [Row(t, None, None, i) for i, t in enumerate(args.text, 1)]
         rows = rows or read_texts(args.data, columns)
         for row in rows:
-            if not row.text.strip():
-                where = f"{row.file or args.data or 'text'}:{row.line}"
-                raise InputError(f"{where}: expected a text, got none: mend or remove the row")
             if any("\ud800" <= c <= "\udfff" for c in row.text):  # how argv holds other bytes
                 raise InputError(f"text:{row.line}: expected UTF-8, got {row.text!r}")
         yield from (rows[i : i + BLOCK] for i in range(0, len(rows), BLOCK))
@@ -227,12 +238,23 @@ def stdin_row(line: bytes, number: int) -> Row:
 
 def label(args: argparse.Namespace) -> int:
     """`minift predict`: a JSON object a text, in order, and nothing else on stdout."""
-    loaded, count, start = load_trained(args), 0, time.perf_counter()
+    loaded, count, cut, start = load_trained(args), 0, 0, time.perf_counter()
+    limit = loaded.tokenizer.max_length
     for block in texts(args, loaded.columns):
-        for answer in predict(loaded.model, loaded.tokenizer, block, loaded.dtype, args.top_k):
+        rows = [row for row in block if row.text.strip()]
+        check_pairs(rows, loaded.model.config, args.data or "text")
+        answers = predict(loaded.model, loaded.tokenizer, rows, loaded.dtype, args.top_k)
+        for row in block:  # a line for each row, so that both stay side by side
+            answer = next(answers) if row.text.strip() else {"text": row.text, "label": None}
+            cut += answer.get("cut", False)
+            if cut and args.overflow == "error":
+                where = f"{row.file or args.data or 'text'}:{row.line}"
+                raise InputError(f"{where}: longer than {limit} tokens: or --overflow cut")
             print(json.dumps(answer, ensure_ascii=False))
         sys.stdout.flush()
         count += len(block)
+    if cut:
+        say(f"WARNING: {cut:,} of {count:,} texts are longer than {limit} tokens and cut there")
     if not args.quiet:
         say(f"{count:,} texts in {time.perf_counter() - start:.2f} s")
     return 0

@@ -36,6 +36,7 @@ class ModelConfig:
     position_offset: int = 0         # rows of the position table before the first token's
     pad: int = 0                     # id of the padding token, which is nowhere in a batch
     labels: tuple[str, ...] = ()     # names of the head's classes
+    pairs: bool | None = None        # whether it was trained on pairs; None: nobody says
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as it was read
 
     @staticmethod
@@ -89,6 +90,7 @@ class ModelConfig:
             position_offset=offset,
             pad=pad,
             labels=_labels(raw),
+            pairs=raw["pairs"] if isinstance(raw.get("pairs"), bool) else None,
             raw=dict(raw),
         )
         if config.max_len < 1:
@@ -121,6 +123,7 @@ class ModelConfig:
             "label2id": {name: i for i, name in enumerate(self.labels)},
             "problem_type": "single_label_classification",
             "dtype": "float32",
+            **({} if self.pairs is None else {"pairs": self.pairs}),
         }
 
 
@@ -199,7 +202,7 @@ class RunConfig:
 
     model_name_or_path: str = flag("", "folder with config.json, weights, tokenizer; or a hub id",
                                    "model")
-    train_file: str = flag("", "CSV, TSV or JSON lines", "train")
+    train_file: str = flag("", "CSV, TSV, JSON lines, .gz of them, or a folder", "train")
     validation_file: str = flag("", "default: a part of the training rows", "validation")
     test_file: str = flag("", "evaluated once, with the best model", "test")
     output_dir: str = flag("", "new folder for the model and the checkpoints", "output")

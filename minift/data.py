@@ -7,7 +7,6 @@ records -> columns -> rows; `readers` is what comes before.
 import difflib
 import hashlib
 import os
-import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -57,9 +56,9 @@ class Row:
     """One example, as the file has it."""
 
     text: str  # "" where the file has a blank
-    pair: str | None  # second text
-    label: str | None  # as written; None where the file has no label
-    line: int  # 1-based line of the file where the row starts
+    pair: str | None = None  # second text
+    label: str | None = None  # as written, without blanks around it; None: the file has no label
+    line: int = 0  # 1-based line of the file where the row starts
     file: str | None = None  # which file of a folder, as errors show it; None: a file was read
 
 
@@ -92,7 +91,7 @@ def read_rows(path: Path, columns: Columns = Columns(), labelled: bool = True) -
             any, and what cannot be a label reads as None.
 
     Returns:
-        All rows; those with a blank text as well, see `with_texts`.
+        All rows; those with a blank text as well, see `splits.with_texts`.
 
     Raises:
         InputError: the file, one of its lines or `columns` is not as it should be.
@@ -117,52 +116,6 @@ def read_texts(path: Path, columns: Columns = Columns()) -> list[Row]:
     if ending_of(path) in TABLES + JSON:
         return read_rows(path, columns, labelled=False)
     return _line_rows(path)
-
-
-def with_texts(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """(the rows that have a text, and a second one where there are pairs; the others)."""
-    parts: tuple[list[Row], list[Row]] = [], []
-    for row in rows:
-        blank = not row.text.strip() or (row.pair is not None and not row.pair.strip())
-        parts[blank].append(row)
-    return parts
-
-
-def overlap(train: list[Row], other: list[Row]) -> int:
-    """How many rows of `other` have a text, or pair, that stands in `train` as well.
-
-    Case and the amount of white space make no difference.
-    """
-    counts = Counter(map(_folded, other))
-    both = {key for key in map(_folded, train) if key in counts}
-    return sum(counts[key] for key in both)
-
-
-def stratified_split(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(train, validation), both in the order of `rows`: a pure function of its arguments.
-
-    Args:
-        rows: what to split.
-        fraction: share of each label's rows that goes to validation, rounded. A label keeps at
-            least one row in train and, if it has two or more and `fraction` is above 0, at least
-            one in validation.
-        seed: chooses the rows.
-
-    Raises:
-        InputError: `fraction` is outside [0, 1).
-    """
-    if not 0 <= fraction < 1:
-        raise wrong("validation fraction", "at least 0 and below 1", str(fraction), "use 0.1")
-    members: dict[str | None, list[int]] = {}
-    for i, row in enumerate(rows):
-        members.setdefault(row.label, []).append(i)
-    rng = random.Random(seed)
-    held_out: set[int] = set()
-    for indices in members.values():
-        share = max(int(len(indices) * fraction + 0.5), fraction > 0)
-        held_out.update(rng.sample(indices, min(share, len(indices) - 1)))
-    train = [row for i, row in enumerate(rows) if i not in held_out]
-    return train, [row for i, row in enumerate(rows) if i in held_out]
 
 
 def fingerprint(path: Path) -> str:
@@ -245,11 +198,6 @@ def _folder_rows(folder: Path, columns: Columns, labelled: bool, plain: bool = F
     return rows
 
 
-def _folded(row: Row) -> tuple[str, ...]:
-    texts = (row.text,) if row.pair is None else (row.text, row.pair)
-    return tuple(" ".join(text.split()).casefold() for text in texts)
-
-
 def _json_cells(records: Iterator[Object], columns: Columns, labelled: bool, file: str) -> Cells:
     objects = list(records)
     if not objects:
@@ -268,13 +216,15 @@ def _json_cells(records: Iterator[Object], columns: Columns, labelled: bool, fil
     )
 
 
-def _paths(record: dict[str, object]) -> Iterator[str]:
-    """The names of what stands one level below the keys."""
-    for key, value in record.items():
-        if isinstance(value, list) and value:
-            key, value = f"{key}.0", value[0]
-        if isinstance(value, dict):
-            yield from (f"{key}.{name}" for name in value)
+def _paths(value: object, above: str = "", depth: int = 4) -> Iterator[str]:
+    """The dotted names of what stands below the keys."""
+    if isinstance(value, list):
+        value = {"0": value[0]} if value else {}
+    for key, below in value.items():
+        if isinstance(below, dict | list) and depth:
+            yield from _paths(below, f"{above}{key}.", depth - 1)
+        elif above:
+            yield f"{above}{key}"
 
 
 def _value(record: dict[str, object], name: str) -> object:
@@ -336,14 +286,14 @@ def _is_header(names: list[str], columns: Columns) -> bool:
 
 
 def _has_header(table: list[Record], columns: Columns, labelled: bool) -> bool:
-    """Whether the first record is one that has a text's name, and no label's."""
+    """Whether the first record is one that has a text's name or a label's, not both."""
     first = [cell.strip().lower() for cell in table[0][1]]
-    texts = [i for i, cell in enumerate(first) if cell in _USUAL["text"]]
+    known = [i for i, cell in enumerate(first) if cell in _USUAL["text"] + _USUAL["label"]]
     # "question" may as well be the label of the first row, and then recurs.
     recurs = len(first) > 1 and any(
-        fields[i].strip().lower() == first[i] for i in texts for _, fields in table[1:]
+        fields[i].strip().lower() == first[i] for i in known for _, fields in table[1:]
     )
-    return bool(texts) and not recurs and not (labelled and columns.label)
+    return bool(known) and not recurs and not (labelled and columns.label)
 
 
 def _asked(names: list[str], columns: Columns, where: str, numbers: bool) -> dict[str, int]:
@@ -387,6 +337,9 @@ def _named(
     for role, usual in _USUAL.items():
         if getattr(columns, role) is None and not (role == "pair" and columns.text):
             found[role] = next((free[name] for name in usual if name in free), None)
+        if role == "text" and found.get(role) is None:
+            others = [i for name, i in free.items() if name not in _USUAL["label"]]
+            found[role] = others[0] if len(others) == 1 < len(names) else None
         if found.get(role) is None and (role == "text" or (role == "label" and labelled)):
             expected = f"a usual name for the {role} column, such as {usual[0]!r}"
             below = [n for n in names if n.lower().rpartition(".")[2] in usual]
@@ -407,7 +360,9 @@ def _unnamed(
             label = min(free, key=lambda i: (len({fields[i] for _, fields in table}), -i))
             free.remove(label)
         if text is None and free:
-            text, *rest = free
+            head = [fields for _, fields in table[:100]]  # numbers and dates are no texts
+            worded = [i for i in free if any(c.isalpha() for fields in head for c in fields[i])]
+            text, *rest = worded or free
             pair = rest[0] if rest and columns.pair is None else pair
     if text is None or (labelled and label is None):
         got = f"{len(first)} column(s) {show(first)}"
@@ -417,9 +372,11 @@ def _unnamed(
         first_label, *others = (fields[label] for _, fields in table)
         different = set(others)
         if first_label not in different and 4 <= len(others) > 2 * len(different):
+            todo = f"--text_column {show(first[text])}"
+            todo += f" --label_column {show(first_label)}" if labelled else ""
             raise InputError(
-                f"{where}: line {table[0][0]} looks like a header {show(first)}: name its columns "
-                "with --text_column and --label_column, or put a header above it"
+                f"{where}: line {table[0][0]} looks like a header {show(first)}: name its columns, "
+                f"as with {todo}"
             )
     return [text, pair, label]
 
@@ -435,7 +392,7 @@ def _text(value: object, key: str | int, file: str, line: int) -> str:
 
 def _label(value: object, key: str | int, labelled: bool, file: str, line: int) -> str | None:
     if isinstance(value, str) and value.strip():
-        return value
+        return value.strip()  # "spam " beside "spam" is never meant
     if isinstance(value, bool):  # before int, which it is too
         return "true" if value else "false"
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):

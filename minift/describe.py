@@ -38,7 +38,11 @@ def describe(
     tokenizer = load_tokenizer(folder, read, read.max_len)
     model, report = load_model(folder, None if read.trained_head else TWO)
     labels = ", ".join(read.labels[:20]) + (", ..." if len(read.labels) > 20 else "")
-    labels = f"{len(read.labels)}: {labels}" if read.trained_head else "none: not a classifier yet"
+    labels = (
+        f"{len(read.labels)}: {labels}"
+        if read.trained_head
+        else "none: not a classifier yet, shown as if for 2"
+    )
     return "\n".join(
         [
             _sizes(name, read),

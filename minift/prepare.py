@@ -1,8 +1,9 @@
 """From the settings of a run to everything that its first step needs: what can fail, fails here."""
 
 import re
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,20 +11,14 @@ from torch import nn
 
 from .batch import Batches, Example
 from .config import RunConfig, TrainConfig
-from .data import (
-    Columns,
-    Row,
-    fingerprint,
-    overlap,
-    read_rows,
-    stratified_split,
-    with_texts,
-)
+from .data import Columns, Row, fingerprint, read_rows
 from .errors import InputError
 from .hub import locate
 from .methods import format_rules
 from .ops import TABLES, Ops, ops_for
+from .readers import show
 from .scratch import make_tokenizer, random_model, read_new_config
+from .splits import overlap, stratified_split, with_texts
 from .tasks.classification import Classification, label_names
 from .tokenizer import Tokenizer
 from .train import TrainState, compute_dtype
@@ -39,11 +34,22 @@ class Notice:
 
 
 @dataclass(frozen=True)
+class Source:
+    """Where a run's model comes from."""
+
+    folder: Path | None  # None: it is made from a configuration
+    vocabulary: Path | None  # folder of the tokenizer; None: it is made of the training texts
+    tokenizer: Tokenizer | None  # known to fit the model of `folder`
+    limit: int  # tokens at which texts are cut
+
+
+@dataclass(frozen=True)
 class Job:
     """A run that is ready for its first step."""
 
     run: RunConfig
     config: TrainConfig
+    source: Source
     device: torch.device
     dtype: torch.dtype
     ops: Ops
@@ -90,9 +96,10 @@ def read_data(run: RunConfig, seed: int) -> Generator[Notice, None, dict[str, li
     if not run.validation_file:
         train, validation = stratified_split(rows["train"], run.validation_split, seed)
         if not validation:
+            hint = "" if len(labels) < len(train) / 2 else ", or is it another column"
             raise InputError(
-                f"{run.train_file}: too few rows to keep some for validation: give "
-                "--validation_file"
+                f"{run.train_file}: too few rows of each of {len(labels):,} labels to keep some "
+                f"for validation: give --validation_file{hint}"
             )
         rows |= {"train": train, "validation": validation}
         yield Notice(
@@ -101,7 +108,17 @@ def read_data(run: RunConfig, seed: int) -> Generator[Notice, None, dict[str, li
         )
     counts = ", ".join(f"{part} {len(rows[part]):,}" for part in files if part in rows)
     kind = "pairs of texts" if rows["train"][0].pair is not None else "texts"
-    yield Notice(f"rows: {counts}; {kind}; {len(labels)} labels")
+    often = Counter(row.label for row in rows["train"]).most_common()
+    shown = ", ".join(f"{name} {n:,}" for name, n in often[:8]) + (", ..." if often[8:] else "")
+    first = rows["train"][0]
+    texts = show(first.text) if first.pair is None else f"{show(first.text)} and {show(first.pair)}"
+    yield Notice(
+        f"rows: {counts}; {kind}; {len(labels)} labels\n"
+        f"  labels     {shown}\n  first row  {texts}: {first.label}"
+    )
+    alike = Counter(label.casefold() for label in labels)
+    if twice := [label for label in labels if alike[label.casefold()] > 1]:
+        yield Notice(f"labels that differ only in case: {', '.join(twice[:8])}", loud=True)
     return rows
 
 
@@ -178,37 +195,64 @@ def length_limit(wanted: int, max_len: int) -> int:
     return wanted or max_len
 
 
-def load_parts(
-    run: RunConfig, rows: list[Row], labels: tuple[str, ...], seed: int
-) -> Generator[Notice, None, tuple[nn.Module, Tokenizer]]:
-    """Model and tokenizer, known to fit; says what became of every tensor of the file.
+def warn_of_data(
+    rows: dict[str, list[Row]], examples: dict[str, list[Example]], tokenizer: Tokenizer
+) -> Iterator[Notice]:
+    """What is strange about the data, and no mistake."""
+    for part in ("validation", "test"):
+        if n := overlap(rows["train"], rows.get(part, [])):
+            text = f"{n:,} of {len(rows[part]):,} {part} rows stand in the training rows too"
+            yield Notice(f"{text}: results on them look better than they are", loud=True)
+    unknown = tokenizer.backend.token_to_id(tokenizer.special["unk"])
+    tokens = sum(len(example.tokens) for example in examples["train"])
+    share = sum(example.tokens.count(unknown) for example in examples["train"]) / tokens
+    if share > 0.05:
+        text = f"{share:.0%} of the tokens of the training rows are unknown to the vocabulary"
+        yield Notice(f"{text}: is it of another language, or of small letters only?", loud=True)
+
+
+def find_source(run: RunConfig) -> Generator[Notice, None, Source]:
+    """Finds a run's model, or its configuration, and its vocabulary, before any row is read.
 
     Raises:
-        InputError: they cannot be loaded or made, or the length limit does not fit the model.
+        InputError: one is missing, they do not fit, or the length limit does not fit the model.
     """
-    hub = {"revision": run.model_revision or None, "token": run.token or None}
+    token = run.token or None
+    vocabulary = locate(run.tokenizer_name, None, token) if run.tokenizer_name else None
     if run.config_name:
-        path = Path(run.config_name)
-        limit = length_limit(run.max_seq_length, read_new_config(path).max_len)
-        vocabulary = locate(run.tokenizer_name, **hub) if run.tokenizer_name else None
-        texts = [text for row in rows for text in (row.text, row.pair) if text]
-        tokenizer, config = make_tokenizer(path, vocabulary, texts, run.cased, limit)
-        model = random_model(config, labels, seed)
-        made = "" if vocabulary else ", made of the training texts"
-        yield Notice(
-            f"from random weights: {sum(p.numel() for p in model.parameters()):,} parameters, "
-            f"a vocabulary of {tokenizer.vocab_size:,} tokens{made}"
-        )
-        return model, tokenizer
-    if not Path(run.model_name_or_path).expanduser().is_dir():
+        config = read_new_config(Path(run.config_name))
+        return Source(None, vocabulary, None, length_limit(run.max_seq_length, config.max_len))
+    name = run.model_name_or_path
+    if not Path(name).expanduser().is_dir() and not name.startswith(("/", ".", "~")):
         yield Notice(f"{run.model_name_or_path}: no folder here, looking on the hub")
-    folder = locate(run.model_name_or_path, **hub)
+    folder = locate(run.model_name_or_path, run.model_revision or None, token)
     config = read_config(folder)
     limit = length_limit(run.max_seq_length, config.max_len)
-    vocabulary = locate(run.tokenizer_name, **hub) if run.tokenizer_name else folder
-    tokenizer = load_tokenizer(vocabulary, config, limit)
-    model, report = load_model(folder, labels, seed)
-    yield Notice(str(report))
+    tokenizer = load_tokenizer(vocabulary or folder, config, limit)
+    return Source(folder, vocabulary or folder, tokenizer, limit)
+
+
+def load_parts(
+    run: RunConfig, source: Source, rows: list[Row], labels: tuple[str, ...], seed: int
+) -> Generator[Notice, None, tuple[nn.Module, Tokenizer]]:
+    """Model and tokenizer; says what became of every tensor of the file.
+
+    Raises:
+        InputError: they cannot be loaded or made.
+    """
+    if source.folder is not None:
+        model, report = load_model(source.folder, labels, seed)
+        yield Notice(str(report))
+        return model, source.tokenizer
+    texts = [text for row in rows for text in (row.text, row.pair) if text]
+    path = Path(run.config_name)
+    tokenizer, config = make_tokenizer(path, source.vocabulary, texts, run.cased, source.limit)
+    model = random_model(config, labels, seed)
+    made = "" if source.vocabulary else ", made of the training texts"
+    yield Notice(
+        f"from random weights: {sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"a vocabulary of {tokenizer.vocab_size:,} tokens{made}"
+    )
     return model, tokenizer
 
 
@@ -222,21 +266,17 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
     ops = ops_for(device) if run.ops == "auto" else TABLES[run.ops]
+    source = yield from find_source(run)
     rows = yield from read_data(run, config.seed)
     labels = label_names(rows["train"], run.train_file)
-    model, tokenizer = yield from load_parts(run, rows["train"], labels, config.seed)
-    labels = model.config.labels
+    model, tokenizer = yield from load_parts(run, source, rows["train"], labels, config.seed)
+    labels, pairs = model.config.labels, rows["train"][0].pair is not None
+    model.config = replace(model.config, pairs=pairs)
     weights = Classification.weights(run.class_weights, labels, rows["train"])
     task = Classification(labels, weights, config.label_smoothing_factor)
     examples = yield from encode(run, rows, task, tokenizer)
     check_metric(run.metric_for_best_model, task, examples["validation"])
-    for part in ("validation", "test"):
-        if n := overlap(rows["train"], rows.get(part, [])):
-            yield Notice(
-                f"{n:,} of {len(rows[part]):,} {part} rows stand in the training rows too: results "
-                "on them look better than they are",
-                loud=True,
-            )
+    yield from warn_of_data(rows, examples, tokenizer)
     model.to(device)
     state = TrainState.new(model, config, ops)
     yield Notice(format_rules(state.groups))
@@ -245,6 +285,7 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     return Job(
         run=run,
         config=config,
+        source=source,
         device=device,
         dtype=compute_dtype(config, device),
         ops=ops,

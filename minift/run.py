@@ -126,6 +126,7 @@ class Run:
         return {
             "run": {k: v for k, v in asdict(job.run).items() if k != "token"},
             "config": asdict(job.config),
+            "model": str(job.source.folder or job.run.config_name),  # a hub id's commit is in it
             "labels": job.model.config.labels,
             "max_length": job.tokenizer.max_length,
             "files": job.files,
@@ -295,6 +296,8 @@ def fine_tune(
         if not getattr(run, name):
             raise InputError(f"expected --{name}: see minift train --help")
     resume_from = find_checkpoint(run)
+    if run.resume_from_checkpoint and resume_from is None:
+        yield Notice(f"{run.output_dir}: no checkpoint there, so this is a new run", loud=True)
     job = yield from prepare(run, config or TrainConfig())
     running = Run(job, resume_from)
     yield from running.open_output()

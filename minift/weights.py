@@ -4,6 +4,7 @@ Loading accounts for every tensor of a file: loaded, new (a head that the file d
 ignored (buffers, other heads); anything else stops.
 """
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def read_config(folder: Path) -> ModelConfig:
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: expected a model folder, found none: check the path")
+    begun = sorted(folder.glob("checkpoint-*/config.json"), key=os.path.getmtime)
+    if begun and not (folder / "config.json").exists():
+        raise InputError(
+            f"{folder}: a run that was interrupted before it had a best model: go on with it, or "
+            f"use {begun[-1].parent}"
+        )
     raw = read_json(folder / "config.json")
     try:
         return ModelConfig.from_hf(raw)

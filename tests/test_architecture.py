@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "minift/metrics.py": set(),
     "minift/readers.py": set(),
     "minift/data.py": {"readers"},
+    "minift/splits.py": {"data"},
     "minift/demo_data.py": {"data"},
     "minift/torch_ops.py": {"kernels"},
     "minift/ops.py": {"kernels", "torch_ops"},
@@ -36,13 +37,13 @@ MAY_IMPORT = {
     "minift/tasks/classification.py": {"batch", "data", "metrics", "ops", "tokenizer"},
     "minift/train.py": {"batch", "config", "methods", "ops", "optim", "tasks"},
     "minift/checkpoint.py": {"files", "optim", "tokenizer", "train", "weights"},
-    "minift/prepare.py": {"batch", "config", "data", "hub", "methods", "ops", "scratch", "tasks",
-                          "tokenizer", "train", "weights"},
+    "minift/prepare.py": {"batch", "config", "data", "hub", "methods", "ops", "readers", "scratch",
+                          "splits", "tasks", "tokenizer", "train", "weights"},
     "minift/run.py": {"checkpoint", "config", "files", "prepare", "tasks", "train", "weights"},
     "minift/describe.py": {"config", "hub", "methods", "scratch", "tokenizer", "train", "weights"},
     "minift/cli.py": {"config", "commands", "train"},
     "minift/commands.py": {"config", "data", "demo_data", "describe", "files", "hub", "metrics",
-                           "prepare", "run", "tasks", "tokenizer", "train", "weights"},
+                           "prepare", "run", "splits", "tasks", "tokenizer", "train", "weights"},
     "minift/__main__.py": {"cli"},
 }  # fmt: skip
 EXTERNAL = {"torch", "triton", "tokenizers", "safetensors", "numpy"}
@@ -118,6 +119,7 @@ def test_every_source_file_has_its_tests():
     shared = {
         "errors": "run",
         "torch_ops": "ops",
+        "splits": "data",
         "prepare": "run",
         "config": "config",
         "__main__": "cli",

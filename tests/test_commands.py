@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import (
     VOCABULARY,
+    WORDS,
     assert_one_line,
     call,
     contents,
@@ -104,9 +105,10 @@ def test_train_learns_and_says_so(train, tmp_path):
     assert summary["early_stopped"] is False
     assert 0 < summary["train_loss"] < math.log(2) + 0.3
     assert re.search("^rows: train 80, validation 24; .*labels", result.err, re.M)
+    assert "\n  labels     pos 40, neg 40\n  first row  'the film was good" in result.err
     for part in ("loaded", "head.weight", "trained"):
         assert part in result.err
-    assert "epoch 1.00  step 10  loss" in result.err
+    assert "epoch 1.00  step 10  validation: loss" in result.err
     assert "step 50/50" in result.err
     assert "true \\ predicted" in result.err
     assert "WARNING" not in result.err
@@ -256,19 +258,6 @@ def test_unicode_goes_through(capsys, trained):
 def test_text_is_not_escaped(capsys, trained):
     """So that grep finds it."""
     assert '"text": "café"' in call(capsys, "predict", "--model", trained, "café").out
-
-
-@pytest.mark.parametrize("text", ["", "  ", "\t\n"])
-def test_an_empty_text_is_named(capsys, trained, text):
-    result = call(capsys, "predict", "--model", trained, "good", text)
-    assert_one_line(result, "text:2: expected a text, got none")
-
-
-def test_an_empty_text_of_a_file_is_named(capsys, trained, tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("id,text\n1,good\n2,\n")
-    result = call(capsys, "predict", "--model", trained, "--data", path)
-    assert_one_line(result, f"{path}:3: expected a text", "mend or remove the row")
 
 
 def test_texts_and_a_file_are_too_much(capsys, trained, tmp_path):
@@ -694,3 +683,77 @@ def test_the_demo_runs_to_its_end(tmp_path):
     assert "open a TCP connection and read bytes" in done.stdout
     assert json.loads(done.stdout.strip().split("\n")[-1])["steps"] > 5
     assert (tmp_path / "demo" / "model" / "model.safetensors").is_file()
+
+
+# ---------------------------------------------------------------- lengths, and many labels
+
+LONG = "the film was very very very very very good"
+
+
+def test_texts_that_predict_cuts_are_marked_and_counted(capsys, trained):
+    flags = ("--model", trained, "--max_seq_length", 7)
+    result = call(capsys, "predict", *flags, "good film", LONG)
+    assert ["cut" in answer for answer in result.answers] == [False, True]
+    assert "WARNING: 1 of 2 texts are longer than 7 tokens and cut there" in result.err
+    result = call(capsys, "predict", *flags, "--overflow", "error", LONG)
+    assert_one_line(result, "text:1: longer than 7 tokens")
+
+
+def test_eval_counts_what_it_cuts_and_leaves_out(capsys, trained, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text(f"text,label\ngood film,pos\n{LONG},pos\n ,neg\n")
+    words = ("eval", "--model", trained, "--data", path, "--max_seq_length", 7)
+    result = call(capsys, *words)
+    assert f"WARNING: {path}: 1 of 2 texts are longer than 7 tokens" in result.err
+    assert f"1 row is left out for having no text, the first at {path}:4" in result.err
+    assert result.summary["eval_n"] == 2
+    result = call(capsys, *words, "--overflow", "error", "--quiet")
+    assert (result.status, result.out) == (2, "")
+    assert f"{path}:3: longer than 7 tokens, as 1 of 2 texts are" in result.err
+
+
+def test_of_many_labels_the_likeliest_are_shown(capsys, model, tmp_path):
+    """Twenty labels: the ten best, best first, or as many as asked."""
+    lines = [f"the film was {word},label {i}" for i, word in enumerate(WORDS[:20]) for _ in "ab"]
+    (tmp_path / "many.csv").write_text("\n".join(["text,label", *lines]))
+    flags = ("--train", tmp_path / "many.csv", "--output", tmp_path / "out", "--max_steps", 1)
+    with settings_kept():
+        assert call(capsys, "train", "--model", model, *flags, "--threads", 1).status == 0
+    for flag, shown in (((), 10), (("--top_k", 3), 3), (("--top_k", 0), 20)):
+        (answer,) = call(capsys, "predict", "--model", tmp_path / "out", "good", *flag).answers
+        scores = list(answer["scores"].values())
+        assert len(scores) == shown
+        assert answer["score"] == max(scores) == answer["scores"][answer["label"]]
+        assert shown == 20 or scores == sorted(scores, reverse=True)
+
+
+# ---------------------------------------------------------------- what a new user does
+
+
+def test_blank_rows_have_an_answer_without_a_label(capsys, trained, tmp_path):
+    """A line for each row: both files stay side by side."""
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,good\n2,\n3,bad\n")
+    result = call(capsys, "predict", "--model", trained, "--data", path)
+    assert [answer["label"] is None for answer in result.answers] == [False, True, False]
+    assert [answer["text"] for answer in result.answers] == ["good", "", "bad"]
+    result = call(capsys, "predict", "--model", trained, "good", " ")
+    assert [answer["label"] is None for answer in result.answers] == [False, True]
+
+
+def test_a_model_knows_whether_it_learned_pairs(capsys, trained, model, tmp_path):
+    """The other kind would get an answer, and a wrong one."""
+    pairs = tmp_path / "pairs.csv"
+    lines = [f"the film,was {word},{label}" for word, label in (("good", "pos"), ("bad", "neg"))]
+    pairs.write_text("\n".join(["text,text2,label", *lines * 20]))
+    result = call(capsys, "predict", "--model", trained, "--data", pairs)
+    assert_one_line(result, f"{pairs}:2: the model was trained on single texts, got others")
+    out, flags = tmp_path / "out", ("--max_steps", 1, "--threads", 1)
+    with settings_kept():
+        words = ("train", "--model", model, "--train", pairs, "--output", out, *flags)
+        assert call(capsys, *words).status == 0
+    result = call(capsys, "predict", "--model", out, "the film was good")
+    assert_one_line(result, "text:1: the model was trained on pairs of texts, got others")
+    result = call(capsys, "eval", "--model", out, "--data", write_rows(tmp_path / "a.csv", 4))
+    assert_one_line(result, "a.csv:2: the model was trained on pairs of texts")
+    assert len(call(capsys, "predict", "--model", out, "--data", pairs).answers) == 40

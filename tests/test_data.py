@@ -10,13 +10,11 @@ from minift.data import (
     Columns,
     Row,
     fingerprint,
-    overlap,
     read_rows,
     read_texts,
-    stratified_split,
-    with_texts,
 )
 from minift.errors import InputError
+from minift.splits import overlap, stratified_split, with_texts
 
 DATA = Path(__file__).parents[2] / "shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"real data is not at {DATA}")
@@ -120,12 +118,12 @@ def test_chosen_columns(write, columns, content, expected):
          ("expected different columns, got 'a' twice", "--label_column")),
         (Columns(), "text,stars\nx,0\n",
          (":1:", "label column", "['text', 'stars']", "--label_column")),
-        (Columns(label="stars"), "body,stars\nx,0\n", ("['body', 'stars']", "--text_column")),
+        (Columns(label="stars"), "id,body,stars\n1,x,0\n", ("'body', 'stars']", "--text_column")),
         (Columns(), "text,label,label\nx,0,0\n", (":1:", "'label' twice", "rename")),
         (Columns(), "a,b,c,d\n", (":1:", "got 4 column(s)", "--text_column and --label_column")),
         (Columns(), "a\nb\n", ("got 1 column(s)", "check the commas")),
         (Columns(), "foo,bar\na,0\nb,1\nc,0\nd,1\ne,0\n",
-         (":1: line 1 looks like a header ['foo', 'bar']: name its columns with --text_column",)),
+         (":1: line 1 looks like a header ['foo', 'bar']: name its columns, as with --text",)),
         (Columns("1", label="2"), "\nfoo,bar\n" + "a,0\n" * 4, (":2: line 2 looks like a header",)),
     ],
 )  # fmt: skip
@@ -162,7 +160,7 @@ def test_files_that_cannot_be_opened(read, tmp_path, monkeypatch):
 
 def test_foreign_text_is_cut_and_escaped(write):
     header = "a\n\u2028" + "b" * 1000
-    path = write("a.csv", f'"{header}",label\nx,0\n')
+    path = write("a.csv", f'id,"{header}",label\n1,x,0\n')
     assert_refused(
         read_rows, path, "--text_column", "\\n", "\\u2028", columns=Columns(label="label")
     )
@@ -452,3 +450,60 @@ def test_real_files():
     assert all(row.text and row.pair for row in pairs)
     assert overlap(sst2, read_rows(DATA / "sst2/dev.tsv")) == 0
     assert_refused(read_rows, DATA / "banking77", "'test.csv' and 'train.csv'")
+
+
+# ---------------------------------------------------------------- what people's files are like
+
+
+def test_one_usual_name_and_one_column_left(write):
+    """`Review text;Category`, as a person writes it: a header, and nothing to ask."""
+    path = write("a.csv", "Review text;Category\nfine, really;good\nawful;bad\n")
+    assert fields(read_rows(path)) == [("fine, really", None, "good"), ("awful", None, "bad")]
+    path = write("a.jsonl", '{"Review text": "fine", "label": "good"}\n')
+    assert fields(read_rows(path)) == [("fine", None, "good")]
+    path = write("b.csv", "when,Review text,Category\n1,fine,good\n2,awful,bad\n")
+    with pytest.raises(InputError, match="expected a usual name for the text column"):
+        read_rows(path)
+
+
+def test_a_name_that_recurs_below_is_no_header(write):
+    """ "category" is a label's usual name, and may be a label."""
+    path = write("a.csv", "one text,category\nanother,category\na third,class\n")
+    assert len(read_rows(path)) == 3
+
+
+def test_numbers_and_dates_are_no_texts(write):
+    """Without a header, an id beside a text does not make a pair."""
+    rows = "".join(f"{i},2024-01-{i},text number {i},{'ab'[i % 2]}\n" for i in range(10, 30))
+    three = "".join(line.split(",", 1)[1] + "\n" for line in rows.splitlines())
+    for content in (three, three.replace("2024-01-", "")):
+        found = read_rows(write("a.csv", content))
+        assert found[0].text == "text number 10"
+        assert found[0].pair is None
+        assert found[0].label == "a"
+    pairs = "".join(f"text {i},other {i},{i % 2}\n" for i in range(20))
+    assert read_rows(write("b.csv", pairs))[0].pair == "other 0"
+
+
+def test_labels_have_no_blanks_around_them(write):
+    """ "spam " and "spam" are one label."""
+    path = write("a.csv", "text,label\na,spam\nb,spam \nc, ham\n")
+    assert [row.label for row in read_rows(path)] == ["spam", "spam", "ham"]
+
+
+def test_a_nested_text_is_named_down_to_its_leaf(write):
+    """The hint can be copied and works."""
+    line = '{"id": 1, "data": {"review": {"text": "fine", "stars": 5}}, "label": "a"}\n'
+    path = write("a.jsonl", line)
+    with pytest.raises(InputError, match=r"set --text_column 'data\.review\.text'$"):
+        read_rows(path)
+    assert read_rows(path, Columns(text="data.review.text"))[0].text == "fine"
+
+
+def test_what_looks_like_a_header_is_shown_as_flags(write):
+    """Neither name is usual: the line says what to type, and of no label where none is needed."""
+    path = write("a.csv", "Satz,Art\n" + "".join(f"text {i},{'ab'[i % 2]}\n" for i in range(9)))
+    with pytest.raises(InputError, match=r"--text_column 'Satz' --label_column 'Art'$"):
+        read_rows(path)
+    with pytest.raises(InputError, match=r"as with --text_column 'Satz'$"):
+        read_texts(path)

@@ -110,7 +110,7 @@ BAD_FILES = {  # what is wrong: (name, content, parts of the line; FILE is the p
     "one class": ("a.csv", b"text,label\na,x\nb,x\n", ("FILE: expected two labels or", "'x'")),
     "header as data": (
         *("a.csv", b"words,kind\ngood film,p\nbad film,n\ngood book,p\nbad day,n\ngood,p\nx,n\n"),
-        ("FILE:1: line 1 looks like a header", "--text_column and --label_column"),
+        ("FILE:1: line 1 looks like a header", "--text_column 'words' --label_column 'kind'"),
     ),
     "ragged": ("a.csv", b"text,label\na,x\nb,c,y\n", ("FILE:3: expected 2 fields", "got 3")),
     "ragged tsv": ("a.tsv", b"text\tlabel\na\tx\nb\n", ("FILE:3: expected 2 fields", "got 1")),
@@ -131,7 +131,7 @@ BAD_FILES = {  # what is wrong: (name, content, parts of the line; FILE is the p
     "JSON list": ("a.json", b'[{"text": "a", "label": 1}]\n', ("FILE:1:", "jq -c '.[]'")),
     "no label": ("a.jsonl", b'{"text": "a"}\n', ("FILE:1: expected a usual name for the label",)),
     "name": ("a.parquet", b"PAR1", ("FILE: expected a name that ends in .csv", "'.parquet'")),
-    "too few": ("a.csv", b"text,label\na,x\nb,y\n", ("FILE: too few rows to keep some for",)),
+    "too few": ("a.csv", b"text,label\na,x\nb,y\n", ("FILE: too few rows of each of 2 labels",)),
     "not there": ("", b"", ("nothing.csv: expected a file, got No such file",)),
 }
 
@@ -408,6 +408,38 @@ def test_a_token_is_never_written_down(train, tmp_path):
         assert secret.encode() not in content, name
     assert secret not in result.err + result.out
     assert "--token=***" in (tmp_path / "out" / "run.json").read_text()
+
+
+def test_labels_that_differ_only_in_case_are_warned_of(train, tmp_path):
+    """Two spellings become two classes, and halve both."""
+    (tmp_path / "train.csv").write_text("text,label\n" + "a film,good\n" * 9 + "a book,Good\n" * 3)
+    rows = [{"text": "a day", "label": "good"}, {"text": "a meal", "label": "Good"}]
+    (tmp_path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = train("--max_steps", 1, data=tmp_path)
+    assert "WARNING: labels that differ only in case: Good, good" in result.err
+
+
+def test_numbers_as_labels_are_asked_about(train, data, tmp_path):
+    """Every row its own label: most likely another column was meant."""
+    lines = [f"the film was good {i},{i}.5" for i in range(20)]
+    (tmp_path / "train.csv").write_text("\n".join(["text,label", *lines]))
+    words = ("--validation", "", "--max_steps", 1)
+    result = train(*words, data=tmp_path)
+    assert_one_line(result, "too few rows of each of 20 labels", "or is it another column")
+
+
+def test_auto_without_a_checkpoint_says_that_it_begins(train, tmp_path):
+    """A mistyped folder would begin anew in silence."""
+    result = train("--max_steps", 1, "--resume_from_checkpoint", "auto")
+    assert "WARNING:" in result.err
+    assert "no checkpoint there, so this is a new run" in result.err
+
+
+def test_the_folder_of_an_interrupted_run(capsys, finished):
+    """It has checkpoints and no best model yet: the line names one that can be used."""
+    (finished / "config.json").unlink()
+    result = call(capsys, "predict", "--model", finished, "good")
+    assert_one_line(result, f"{finished}: a run that was interrupted", "checkpoint-6")
 
 
 def test_a_run_is_a_generator_of_what_happens(model, data, tmp_path):

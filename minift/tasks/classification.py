@@ -168,13 +168,13 @@ def predict(
     top_k: int = 0,
 ) -> Iterator[dict]:
     """For each row, in order: text, (pair), label, score (its probability), scores of all labels,
-    or of the `top_k` likeliest where there are more."""
+    or of the `top_k` likeliest where there are more; and `cut`, if the text was too long."""
     labels = model.config.labels
     examples = Classification(labels).encode(
         [Row(r.text, r.pair, None, r.line, r.file) for r in rows], tokenizer
     )
     logits = logits_of(model, examples, dtype)
-    for row, scores in zip(rows, np.exp(log_softmax(logits)), strict=True):
+    for row, example, scores in zip(rows, examples, np.exp(log_softmax(logits)), strict=True):
         best = int(scores.argmax())
         shown = range(len(labels))
         if 0 < top_k < len(labels):
@@ -185,4 +185,5 @@ def predict(
             "label": labels[best],
             "score": round(float(scores[best]), 6),
             "scores": {labels[i]: round(float(scores[i]), 6) for i in shown},
+            **({"cut": True} if example.cut else {}),
         }
