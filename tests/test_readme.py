@@ -10,6 +10,7 @@ import pytest
 from tiny import settings_kept, tiny_model, write_rows
 
 from minift.cli import make_parser, normalise
+from minift.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -60,3 +61,39 @@ def test_the_modules_of_the_map_exist():
         assert (ROOT / "minift" / name).exists() or (ROOT / name).exists(), name
     for path in (ROOT / "minift").glob("[a-z]*.py"):
         assert path.name in block, path
+
+
+def test_the_methods_are_the_means_of_the_results():
+    lines = (ROOT / "bench/results/methods.jsonl").read_text().strip().split("\n")
+    rows = [row for row in map(json.loads, lines) if (row["data"], row["rows"]) == ("sst2", None)]
+    names = {row["method"] for row in rows}
+    assert len(names) >= 4
+    for name in names:
+        runs = [row for row in rows if row["method"] == name]
+        assert len({row["seed"] for row in runs}) == len(runs) == 3
+
+        def mean(key, runs=runs):
+            return statistics.mean(row[key] for row in runs)
+
+        cells = (
+            *(f"{runs[0]['trained_parameters']:,}", f"{mean('eval_accuracy'):.4f}"),
+            *(f"{mean('seconds_per_step') * 1000:.0f} ms", f"{mean('peak_rss_mib'):,.0f} MiB"),
+        )
+        assert f"| {name} | `{runs[0]['flags'] or '(none)'}` | {' | '.join(cells)} |" in README
+
+
+def test_the_intents_are_those_of_the_results():
+    lines = (ROOT / "bench/results/accuracy.jsonl").read_text().strip().split("\n")
+    rows = [row for row in map(json.loads, lines) if row["data"] == "banking77"]
+    for name, is_ours in (("minift", True), ("transformers", False)):
+        runs = [row for row in rows if (row["trainer"] == "minift") == is_ours]
+        assert [row["seed"] for row in runs] == [0, 1]
+        shown = " and ".join(f"{row['eval_accuracy']:.4f}" for row in runs)
+        assert f"{name} {shown}" in README.replace("\n", " ")
+
+
+def test_the_configuration_from_nothing_is_one():
+    """What README shows as small.json makes a model."""
+    (block,) = re.findall(r"```json\n(.*?)```", README, re.DOTALL)
+    config = ModelConfig.from_hf(json.loads(block))
+    assert (config.n_layer, config.dim, config.max_len) == (2, 128, 256)

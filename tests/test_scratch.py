@@ -166,3 +166,24 @@ def test_a_cased_vocabulary_of_texts_without_capitals_is_refused(config):
     texts = [f"{a}{b}{c}" for a in letters for b in letters for c in letters[:4]] * 3
     with pytest.raises(InputError, match="leave out --cased"):
         make_tokenizer(config, None, texts, True, 0)
+
+
+def test_a_roberta_made_from_nothing_trains_on_pairs(capsys, tmp_path, config):
+    """The second text decides, so both must reach the model: <s> a </s></s> b </s>."""
+    config.write_text(json.dumps(json.loads(config.read_text()) | ROBERTA))
+    lines = ["sentence1,sentence2,label"]
+    for i, (text, label) in enumerate(rows(160)):
+        lines.append(f"we saw a {('film', 'book')[i // 2 % 2]},{text},{label}")
+    (tmp_path / "pairs.csv").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    words = ("train", "--config_name", config, "--train", tmp_path / "pairs.csv", "--threads", 1)
+    with settings_kept():
+        result = call(
+            capsys, *words, "--output", out, "--batch_size", 8, "--lr", 2e-3, "--epochs", 6
+        )
+        answers = call(capsys, "predict", "--model", out, "--data", tmp_path / "pairs.csv").answers
+    assert "pairs of texts" in result.err
+    assert result.summary["eval_accuracy"] == 1.0
+    assert [answer["label"] for answer in answers] == [label for _, label in rows(160)]
+    ids, _, _ = load(out)[1].encode(["a"], ["b"])[0]
+    assert [i for i in ids if i < 3] == [0, 2, 2, 2]
