@@ -367,7 +367,11 @@ def test_each_probability_drops_by_itself(site):
         assert not any(torch.equal(one, other) for other in [plain, *drawn][:i])
 
 
-def test_every_place_has_its_own_mask_and_probability():
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("bert", [10]), ("distilbert", [10]), ("roberta", [11, 10])],  # RoBERTa's drops twice
+)
+def test_every_place_has_its_own_mask_and_probability(family, head):
     """Two places that share a mask are correlated, and no test of one operation sees it."""
     places = []
 
@@ -381,11 +385,11 @@ def test_every_place_has_its_own_mask_and_probability():
 
     last = {"embed": 4, "attention": 4, "add_norm": 4, "drop": 1}
     ops = replace(TORCH, **{name: spied(name, at) for name, at in last.items()})
-    make_model()(together(make_examples([4, 9])), ops=ops, draw=at_step(0))
+    make_model(family=family)(together(make_examples([4, 9])), ops=ops, draw=at_step(0))
     want = [("embed", 0, 0.1)]
     for site in (1, 4, 7):
         want += [("attention", site, 0.2), ("add_norm", site + 1, 0.1), ("add_norm", site + 2, 0.1)]
-    assert places == [*want, ("drop", 10, 0.3)]
+    assert places == [*want, *(("drop", site, 0.3) for site in head)]
 
 
 def test_global_random_state_is_left_alone(minilm):
