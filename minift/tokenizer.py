@@ -231,10 +231,15 @@ def _train_bpe(texts: Sequence[str], vocab_size: int, _: bool) -> tokenizers.Tok
     return _byte_level(backend.model, False, True)
 
 
-def _train_wordpiece(texts: Sequence[str], vocab_size: int, cased: bool) -> tokenizers.Tokenizer:
-    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+def _bert_words(model: models.WordPiece, cased: bool) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return backend
+
+
+def _train_wordpiece(texts: Sequence[str], vocab_size: int, cased: bool) -> tokenizers.Tokenizer:
+    backend = _bert_words(models.WordPiece(unk_token="[UNK]"), cased)
     # The library numbers the pieces inside words as it meets them in a hash table, so every run
     # would make another vocabulary. As special tokens they come first, in our order.
     inside: set[str] = set()
@@ -252,9 +257,7 @@ def _train_wordpiece(texts: Sequence[str], vocab_size: int, cased: bool) -> toke
     )
     backend.train_from_iterator(texts, trainer)
     vocabulary = backend.get_vocab()
-    backend = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=not cased)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend = _bert_words(models.WordPiece(vocabulary, unk_token="[UNK]"), cased)
     backend.decoder = tokenizers.decoders.WordPiece()
     backend.add_special_tokens(special)
     backend.post_processor = TemplateProcessing(

@@ -42,8 +42,7 @@ class TrainState:
         Raises:
             InputError: the rules do not fit the model.
         """
-        head = getattr(model, "head_groups", ("head",))
-        rules = rules_of(config, model.config.n_layer, head)
+        rules = rules_of(config, model.config.n_layer, model.head_groups)
         groups = apply_rules(model, rules, config.weight_decay)
         ops = ops or ops_for(next(model.parameters()).device)
         return TrainState(groups, make_optimizer(model, groups, config, ops))
