@@ -8,6 +8,9 @@ from hypothesis import settings
 # Without a GPU, kernels run in Triton's interpreter, chosen before triton is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter_bf16
+
+    interpreter_bf16.install()
 
 # The same examples in every run: a red test is red for everyone.
 settings.register_profile("minift", derandomize=True, deadline=None, print_blob=False)

@@ -1,0 +1,35 @@
+"""What a kernel file declares of its launches, so that they are compiled and judged without a GPU.
+
+Every file with kernels ends in a tuple LAUNCHES: the launches that matter, each as its real call
+specialises it. A kernel is a jitted function whose name ends in `_kernel`; other jitted functions
+are called by kernels. Arguments are words, in the order of the signature without its constexprs:
+
+    *bf16:16    a pointer to bf16 at a multiple of 16 bytes
+    *i64        a pointer of which nothing is promised
+    i32:16      an integer that is a multiple of 16
+    i32 fp32    an integer, a float
+
+An argument that is None, or an integer that is 1, is a constexpr to the compiler: it stands there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel, as the compiler sees it."""
+
+    label: str  # of the case, such as "bf16": with the kernel's name it is unique
+    kernel: Any  # the jitted function
+    types: str  # of its run-time arguments, as above
+    constexprs: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, ...
+    streams: bool = True  # it moves whole tensors: its loads and stores must be 128 bits wide
+    fp64: bool = False  # it computes in fp64 on purpose
+
+    @property
+    def name(self) -> str:
+        """ "cross_entropy.loss_kernel bf16", say."""
+        function = self.kernel.fn
+        return f"{function.__module__.rpartition('.')[2]}.{function.__name__} {self.label}"

@@ -1,0 +1,113 @@
+"""What was launched, and how often the compiler would have run: seen in the interpreter too."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction
+
+DTYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One launch: what the compiler specialises on, in the words of `minift.kernels.launch`."""
+
+    kernel: str
+    types: str
+    constexprs: tuple[tuple[str, Any], ...]
+    grid: tuple[int, ...] = field(compare=False)
+    arguments: dict[str, Any] = field(compare=False, repr=False)
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+def specialise(kernel, names: list[str], arguments: dict[str, Any]) -> tuple[str, dict]:
+    """The types of the run-time arguments, and the constexprs, as triton's launcher has them."""
+    given = getattr(kernel, "kwargs", {})
+    params = getattr(kernel, "params", None)
+    whole = {x for x in given.get("do_not_specialize") or ()}
+    aligned = {x for x in given.get("do_not_specialize_on_alignment") or ()}
+    if params is not None:
+        whole |= {p.name for p in params if p.do_not_specialize}
+        aligned |= {p.name for p in params if p.do_not_specialize_on_alignment}
+    whole |= {names[x] for x in whole if isinstance(x, int)}
+    aligned |= {names[x] for x in aligned if isinstance(x, int)}
+    types, constexprs = [], {}
+    for name in names:
+        value = arguments[name]
+        annotation = str(kernel.fn.__annotations__.get(name, ""))
+        if "constexpr" in annotation or value is None:
+            constexprs[name] = getattr(value, "value", value)
+        elif isinstance(value, torch.Tensor):
+            of_16 = name not in whole | aligned and value.data_ptr() % 16 == 0
+            types.append(f"*{DTYPES[value.dtype]}" + ":16" * of_16)
+        elif isinstance(value, bool):
+            types.append("i1")
+        elif isinstance(value, int):
+            if value == 1 and name not in whole:
+                constexprs[name] = 1
+                continue
+            wide = not -(2**31) <= value < 2**31
+            of_16 = name not in whole | aligned and value % 16 == 0
+            types.append(("i64" if wide else "i32") + ":16" * of_16)
+        else:
+            assert isinstance(value, float), f"{name}: {type(value)}"
+            types.append("fp32")
+    return " ".join(types), constexprs
+
+
+def describe(kernel, args: tuple, grid, kwargs: dict[str, Any]) -> Launched:
+    names = list(inspect.signature(kernel.fn).parameters)
+    options = {k: v for k, v in kwargs.items() if k not in names}
+    parameters = {k: v for k, v in kwargs.items() if k in names}
+    bound = inspect.signature(kernel.fn).bind(*args, **parameters)
+    bound.apply_defaults()
+    types, constexprs = specialise(kernel, names, bound.arguments)
+    grid = grid(dict(bound.arguments)) if callable(grid) else grid
+    return Launched(
+        kernel.fn.__name__,
+        types,
+        tuple(sorted(constexprs.items())),
+        tuple(grid),
+        dict(bound.arguments),
+        tuple(sorted(options.items())),
+    )
+
+
+@contextmanager
+def recorded(run: bool = True) -> Iterator[list[Launched]]:
+    """Every launch in the block, in order. With `run=False` nothing is executed: a plan."""
+    launches = []
+
+    def replacement(original):
+        def record(self, *args, grid, warmup, **kwargs):
+            launches.append(describe(self, args, grid, kwargs))
+            return original(self, *args, grid=grid, warmup=warmup, **kwargs) if run else None
+
+        return record
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (InterpretedFunction, JITFunction):
+            patch.setattr(kind, "run", replacement(kind.run))
+        yield launches
+
+
+def compilations(launches: list[Launched]) -> int:
+    """How many binaries these launches need: one for each kernel and specialisation."""
+    return len(set(launches))
