@@ -7,13 +7,13 @@ A model that is given no table takes `ops_for` the device of its input.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from . import torch_ops
 from .kernels.add_norm import Norm
-from .kernels.cross_entropy import IGNORE_INDEX
+from .kernels.cross_entropy import IGNORE_INDEX, TargetReport, cross_entropy
 from .kernels.dropout import Draw, Dropout, draw_dropout
 from .kernels.layout import Layout
 
@@ -27,6 +27,7 @@ __all__ = [
     "Layout",
     "Norm",
     "Ops",
+    "TargetReport",
     "ops_for",
 ]
 
@@ -60,8 +61,8 @@ TORCH = Ops(
     adamw=_torch_adamw,
 )
 
-# The place of the kernels: as each arrives, it takes the place of the torch version here.
-TRITON = TORCH
+# Operations without a kernel are torch's.
+TRITON = replace(TORCH, cross_entropy=cross_entropy)
 
 TABLES = {"torch": TORCH, "triton": TRITON}
 

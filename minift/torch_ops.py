@@ -15,7 +15,12 @@ from torch.autograd.function import once_differentiable
 from .kernels.add_norm import Norm, check_add_norm
 from .kernels.attention import check_attention
 from .kernels.bias_gelu import check_bias_gelu
-from .kernels.cross_entropy import IGNORE_INDEX, check_cross_entropy
+from .kernels.cross_entropy import (
+    IGNORE_INDEX,
+    TargetReport,
+    bad_target,
+    check_cross_entropy,
+)
 from .kernels.dropout import Dropout, row_words, threshold
 from .kernels.embed import check_embed
 from .kernels.layout import Group, Layout
@@ -199,14 +204,25 @@ def cross_entropy(
     target: Tensor,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+    report: TargetReport | None = None,
 ) -> Tensor:
-    """See `minift.kernels.cross_entropy.cross_entropy_ref`: (N,) losses."""
-    check_cross_entropy(logits, target)
+    """See `minift.kernels.cross_entropy.cross_entropy_ref`: (N,) losses. On a CPU a target that is
+    no class raises ValueError at once."""
+    check_cross_entropy(logits, target, weight)
+    wide, counts = torch.promote_types(logits.dtype, torch.float32), target != ignore_index
+    if target.device.type == "cpu":
+        bad = counts & ((target < 0) | (target >= logits.shape[1]))
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise bad_target(row, int(target[row]))
+    if report is not None:
+        report.words[0] += counts.sum()
     return F.cross_entropy(
-        logits.to(torch.promote_types(logits.dtype, torch.float32)),
+        logits.to(wide),
         target,
-        None if weight is None else weight.to(torch.promote_types(logits.dtype, torch.float32)),
-        ignore_index=IGNORE_INDEX,
+        None if weight is None else weight.to(wide),
+        ignore_index=ignore_index,
         reduction="none",
         label_smoothing=label_smoothing,
     )

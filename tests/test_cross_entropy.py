@@ -1,4 +1,4 @@
-"""kernels/cross_entropy.py: the definition against torch's loss, and the table against it."""
+"""kernels/cross_entropy.py: the definition against torch's loss, the tables against it."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from accuracy import DEVICE, assert_as_accurate
 
 from minift.kernels.cross_entropy import cross_entropy_ref
-from minift.ops import IGNORE_INDEX, TORCH
+from minift.ops import IGNORE_INDEX, TORCH, TargetReport
 
 losses = pytest.mark.parametrize(
     "loss", [cross_entropy_ref, TORCH.cross_entropy], ids=["ref", "torch"]
@@ -156,8 +156,8 @@ def test_no_rows_give_no_losses(loss):
 @pytest.mark.skipif(DEVICE == "cuda", reason="a device-side assert ends the process")
 def test_target_out_of_range_stops(target):
     """A label that does not exist must not train another."""
-    with pytest.raises(IndexError, match=rf"Target {target} is out of bounds"):
-        TORCH.cross_entropy(torch.zeros(1, 3), torch.tensor([target]))
+    with pytest.raises(ValueError, match=rf"row 1: expected a class .* got {target}"):
+        TORCH.cross_entropy(torch.zeros(2, 3), torch.tensor([0, target]))
 
 
 @pytest.mark.parametrize(
@@ -173,3 +173,13 @@ def test_target_out_of_range_stops(target):
 def test_what_does_not_fit_is_named(logits, target, message):
     with pytest.raises(ValueError, match=message):
         TORCH.cross_entropy(torch.zeros(logits), target)
+
+
+def test_report_counts_targets():
+    """Over all calls, without those that are ignored."""
+    report = TargetReport.on(DEVICE)
+    logits, target, _ = make(ignored="some")
+    for _ in range(2):
+        TORCH.cross_entropy(logits, target, report=report)
+    assert report.counted == 2 * (target != IGNORE_INDEX).sum()
+    report.check()

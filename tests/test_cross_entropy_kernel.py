@@ -1,0 +1,435 @@
+"""kernels/cross_entropy.py: the kernels against the definition, on every kind of row."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accuracy import DEVICE, assert_as_accurate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launches import compilations, recorded
+from torch.testing._internal.common_methods_invocations import op_db
+
+from minift.kernels.cross_entropy import (
+    IGNORE_INDEX,
+    LAUNCHES,
+    TargetReport,
+    cross_entropy,
+    cross_entropy_,
+    cross_entropy_ref,
+)
+from minift.ops import TRITON
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+# Around 16 bytes, around each tile and each change of tile; odd and even.
+COLUMNS = [1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 31, 150, 255, 256, 257, 511, 512, 513, 2047, 2048, 2055]
+COLUMNS += [4999, 8192, 8193, 12300]
+ROWS = 4
+SMALL = DTYPES[:2]  # fp16 differs from bf16 in the casts only
+
+
+def make(V, dtype, stride=None, offset=0, ignored=(1,), rows=ROWS, poison=float("nan")):
+    """Logits at `offset` elements past an aligned address, whose surroundings are NaN; targets."""
+    torch.manual_seed(V)
+    stride = stride or V
+    flat = torch.full((offset + rows * stride + 32,), poison, device=DEVICE).to(dtype)
+    logits = flat.as_strided((rows, V), (stride, 1), offset)
+    logits.copy_(torch.randn(rows, V) * 4)
+    target = torch.randint(V, (rows,), device=DEVICE)
+    target[list(ignored)] = IGNORE_INDEX
+    return logits, target, flat
+
+
+def upstream(rows=ROWS):
+    return torch.linspace(-1, 2, rows, device=DEVICE)
+
+
+def with_autograd(loss, logits, *args, **options):
+    """Loss and gradient of `loss`, with an upstream gradient that differs from row to row."""
+    leaf = logits.detach().requires_grad_()
+    losses = loss(leaf, *args, **options)
+    losses.backward(upstream(len(losses)).to(losses.dtype))
+    return losses.detach(), leaf.grad
+
+
+def in_place(logits, *args, **options):
+    """The same, from cross_entropy_, on a copy with the same strides and alignment."""
+    past = logits.data_ptr() % 16 // logits.element_size()
+    flat = logits.new_full((past + logits.shape[0] * logits.stride(0) + 8,), float("nan"))
+    copy = flat.as_strided(logits.shape, logits.stride(), past).copy_(logits)
+    losses = cross_entropy_(copy, *args, row_scale=upstream(len(copy)), **options)
+    return losses, copy
+
+
+def both(logits, *args, **options):
+    yield with_autograd(cross_entropy, logits, *args, **options)
+    yield in_place(logits, *args, **options)
+
+
+def check(logits, target, weight=None, e=0.0):
+    """Both entries, against the definition in the same dtype and in fp64."""
+    wide = None if weight is None else weight.double()
+    same_dtype = with_autograd(cross_entropy_ref, logits, target, weight, e)
+    exact = with_autograd(cross_entropy_ref, logits.double(), target, wide, e)
+    for actual in both(logits, target, weight, e):
+        for a, s, x in zip(actual, same_dtype, exact, strict=True):
+            assert a.dtype == s.dtype
+            assert_as_accurate(a, s, x, scale=max(1.0, x.abs().max().item()))
+
+
+# ---------------------------------------------------------------- values
+
+
+@dtypes
+@pytest.mark.parametrize("V", COLUMNS)
+def test_every_width(V, dtype):
+    check(*make(V, dtype)[:2])
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("weighted", [False, True], ids=["", "weight"])
+@pytest.mark.parametrize("e", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("ignored", [(), (1, 3), range(ROWS)], ids=["none", "some", "all"])
+@pytest.mark.parametrize("V", [3, 700, 8200])
+def test_the_whole_grid_of_options(V, ignored, e, weighted, dtype):
+    """torch's semantics, which the definition is held to in test_cross_entropy.py."""
+    logits, target, _ = make(V, dtype, ignored=ignored)
+    weight = torch.rand(V, device=DEVICE) + 0.5 if weighted else None
+    if weighted:
+        weight[V // 2] = 0
+    check(logits, target, weight, e)
+
+
+@pytest.mark.parametrize("dtype", SMALL, ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stride", [700, 701, 1000])
+@pytest.mark.parametrize("offset", [0, 1, 3, 8])
+def test_every_alignment(stride, offset, dtype):
+    """Rows that start between two 16-byte boundaries; what lies around them, NaN, is neither
+    read nor written."""
+    logits, target, flat = make(700, dtype, stride, offset)
+    check(logits, target)
+    before = flat.clone()
+    grad = logits.detach().clone()
+    cross_entropy_(logits, target)
+    for row in logits, grad:
+        assert not row.isnan().any()
+    inside = torch.zeros_like(flat, dtype=torch.bool)
+    inside.as_strided(logits.shape, logits.stride(), offset).fill_(True)
+    assert flat[~inside].isnan().all()
+    assert not torch.equal(flat[inside], before[inside])
+
+
+def samples():
+    """torch's own inputs for its cross-entropy, as (N, V) rows."""
+    (op,) = [op for op in op_db if op.name == "nn.functional.cross_entropy"]
+    for sample in op.sample_inputs(DEVICE, torch.float32, requires_grad=False):
+        target, options = sample.args[0], dict(sample.kwargs)
+        options.pop("reduction", None)
+        if target.is_floating_point():
+            continue  # class probabilities: not an option here
+        logits = sample.input if sample.input.ndim > 1 else sample.input[None]
+        rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+        yield rows, target.reshape(-1), options
+
+
+def test_torchs_own_sample_inputs():
+    """Every one with class indices: weights, smoothing, ignored indices, all as torch has them."""
+    count = 0
+    for logits, target, options in samples():
+        expected = with_autograd(
+            lambda x, t, **o: F.cross_entropy(x, t, reduction="none", **o),
+            logits,
+            target,
+            **options,
+        )
+        for actual in both(logits, target, **options):
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, e)
+        count += 1
+    assert count > 10
+
+
+@given(
+    V=st.integers(1, 600),
+    rows=st.integers(1, 3),
+    size=st.sampled_from([1e-3, 1.0, 60.0]),
+    shift=st.sampled_from([0.0, -1e4, 3e4]),
+)
+@settings(max_examples=30)
+def test_a_shift_of_all_logits_changes_nothing(V, rows, size, shift):
+    """Softmax does not know it; and the gradient of a row sums to 0."""
+    torch.manual_seed(V)
+    logits = torch.randint(-64, 64, (rows, V), device=DEVICE) * (size / 64)
+    target = torch.randint(V, (rows,), device=DEVICE)
+    loss, grad = with_autograd(cross_entropy, logits, target)
+    shifted = (logits.double() + shift).float()
+    expected, _ = with_autograd(cross_entropy_ref, shifted.double(), target)
+    torch.testing.assert_close(
+        cross_entropy(shifted, target).double(), expected, atol=1e-5, rtol=1e-6
+    )
+    torch.testing.assert_close(grad.sum(-1), torch.zeros_like(loss), atol=1e-5, rtol=0)
+
+
+@dtypes
+def test_a_row_alone_equals_itself_in_any_batch(dtype):
+    logits, target, _ = make(700, dtype)
+    for together, alone in zip(
+        both(logits, target),
+        zip(*(both(logits[i : i + 1], target[i : i + 1]) for i in range(ROWS)), strict=True),
+        strict=True,
+    ):
+        assert torch.equal(together[0], torch.cat([loss for loss, _ in alone]))
+    scaled = upstream()
+    one = cross_entropy_(copy := logits[2:3].clone(), target[2:3], row_scale=scaled[2:3])
+    all_rows = cross_entropy_(copies := logits.clone(), target, row_scale=scaled)
+    assert torch.equal(one[0], all_rows[2])
+    assert torch.equal(copy[0], copies[2])
+
+
+# ---------------------------------------------------------------- hard rows
+
+
+@dtypes
+@pytest.mark.parametrize("start", [0, 5])
+def test_whole_blocks_of_minus_infinity(start, dtype):
+    """Masked classes, from the first tile on, have probability 0 and no NaN."""
+    V = 700
+    logits, target, _ = make(V, dtype, ignored=())
+    logits[:, start : start + 300] = -torch.inf
+    target[:] = torch.tensor([400, 699, 600, 500])
+    check(logits, target)
+    _, grad = with_autograd(cross_entropy, logits, target)
+    assert (grad[:, start : start + 300] == 0).all()
+
+
+def test_the_lowest_float_everywhere_is_uniform():
+    """What is often written where a class is masked."""
+    logits = torch.full((1, 64), torch.finfo(torch.float32).min, device=DEVICE)
+    loss, grad = with_autograd(cross_entropy, logits, torch.tensor([3], device=DEVICE))
+    torch.testing.assert_close(loss, torch.tensor([64.0], device=DEVICE).log())
+    torch.testing.assert_close(grad[0, 0], torch.tensor(-1 / 64, device=DEVICE))
+
+
+def test_huge_logits_do_not_overflow():
+    logits = torch.tensor([[1e4, -1e4, 0.0]], device=DEVICE)
+    for loss, grad in both(logits, torch.tensor([0], device=DEVICE)):
+        assert loss.item() == 0.0
+        assert not grad.any()
+
+
+@dtypes
+def test_an_ignored_row_is_not_read(dtype):
+    """NaN logits in it leave no trace: loss 0, gradient 0."""
+    logits, target, _ = make(700, dtype)
+    logits[1] = torch.nan
+    for loss, grad in both(logits, target):
+        assert loss[1] == 0
+        assert (grad[1] == 0).all()
+        assert not loss.isnan().any()
+        assert not grad.isnan().any()
+
+
+@pytest.mark.parametrize("ignore", [-1, 0, 5, 10**12])
+def test_any_integer_may_be_the_ignored_one(ignore):
+    """A class, too."""
+    logits, target, _ = make(7, torch.float32, ignored=(), rows=9)
+    target[::2] = ignore
+    expected = with_autograd(cross_entropy_ref, logits, target, ignore_index=ignore)
+    for actual in both(logits, target, ignore_index=ignore):
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("bad", [-1, 7, 2**31, -(2**31), 2**40 + 3])
+def test_target_out_of_range_is_nan_and_named(bad):
+    """It reads nothing; the other rows are what they are without it."""
+    logits, target, _ = make(7, torch.float32)
+    clean = [with_autograd(cross_entropy, logits, target), in_place(logits, target)]
+    target[2] = bad
+    report = TargetReport.on(DEVICE)
+    for (loss, grad), (clean_loss, clean_grad) in zip(
+        both(logits, target, report=report), clean, strict=True
+    ):
+        assert loss[2].isnan()
+        assert grad[2].isnan().all()
+        for row in (0, 1, 3):
+            assert loss[row] == clean_loss[row]
+            assert torch.equal(grad[row], clean_grad[row])
+    assert report.counted == 2 * 2
+    shown = (bad + 2**31) % 2**32 - 2**31  # its low half
+    with pytest.raises(ValueError, match=f"row 2: expected a class .* got {shown}$"):
+        report.check()
+
+
+@pytest.mark.parametrize("ignored", [(), (1,), range(ROWS)], ids=["none", "some", "all"])
+def test_report_counts_what_counts(ignored):
+    """Without an error when there is none; all ignored is 0 and no NaN."""
+    logits, target, _ = make(7, torch.float32, ignored=ignored)
+    report = TargetReport.on(DEVICE)
+    for loss, grad in both(logits, target, report=report):
+        assert not loss.isnan().any()
+        assert not grad.isnan().any()
+    assert report.counted == 2 * (ROWS - len(ignored))
+    report.check()
+
+
+def test_no_rows():
+    logits = torch.zeros(0, 5, device=DEVICE)
+    for loss, grad in both(logits, torch.zeros(0, dtype=torch.int64, device=DEVICE)):
+        assert loss.shape == (0,)
+        assert grad.shape == (0, 5)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the largest buffers are for the CPU's lazy memory")
+def test_rows_beyond_two_thousand_million_elements():
+    """Offsets are 64 bits wide: the third row starts at 2**31 + 4 elements."""
+    stride = 2**30 + 2
+    logits = torch.empty(2 * stride + 8, dtype=torch.bfloat16).as_strided((3, 6), (stride, 1))
+    logits.copy_(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)))
+    target = torch.tensor([0, 3, 5])
+    expected = with_autograd(cross_entropy_ref, logits.clone(), target)
+    for a, e in zip(with_autograd(cross_entropy, logits, target), expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_more_rows_in_flight_than_the_cache_holds(monkeypatch):
+    """A program then takes several rows, in turn."""
+    from minift.kernels import cross_entropy as module
+
+    logits, target, _ = make(33, torch.float32, rows=7)
+    expected = in_place(logits, target)
+    monkeypatch.setattr(module, "L2_BYTES", 2 * 33 * 4)
+    with recorded() as seen:
+        actual = in_place(logits, target)
+    assert seen[0].grid == (2,)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+# ---------------------------------------------------------------- promises
+
+
+def test_inputs_are_only_read():
+    logits, target, _ = make(700, torch.bfloat16, stride=704)
+    weight = torch.rand(700, device=DEVICE)
+    leaf = logits.requires_grad_()
+    watched = [leaf, target, weight]
+    before = [(x.detach().clone(), x._version) for x in watched]
+    loss = cross_entropy(leaf, target, weight, 0.1)
+    sent = upstream()
+    loss.backward(sent)
+    assert torch.equal(sent, upstream())
+    for x, (value, version) in zip(watched, before, strict=True):
+        assert torch.equal(x, value)
+        assert x._version == version
+
+
+def test_in_place_is_seen_by_autograd():
+    """A gradient that still needs the logits is refused, not wrong."""
+    x = torch.randn(2, 5, device=DEVICE, requires_grad=True)
+    logits = x.exp()  # its backward needs its result
+    cross_entropy_(logits.detach(), torch.tensor([0, 1], device=DEVICE))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
+def test_in_place_hands_the_gradient_on():
+    """As the docstring has it: the gradient of the mean loss with respect to a weight."""
+    torch.manual_seed(0)
+    x, w = torch.randn(6, 4, device=DEVICE), torch.randn(4, 9, device=DEVICE, requires_grad=True)
+    target = torch.randint(9, (6,), device=DEVICE)
+    (expected,) = torch.autograd.grad(F.cross_entropy(x @ w, target), w)
+    logits = x @ w
+    scale = torch.tensor(1 / 6, device=DEVICE)
+    loss = cross_entropy_(logits.detach(), target, row_scale=scale)
+    logits.backward(logits.detach())
+    torch.testing.assert_close(w.grad, expected)
+    torch.testing.assert_close((loss * scale).sum(), F.cross_entropy(x @ w, target).detach())
+
+
+def test_launches_and_nothing_else():
+    """One kernel forward, one backward, no copy of an upstream gradient of stride 0."""
+    logits, target, _ = make(33, torch.float32)
+    leaf = logits.requires_grad_()
+    with recorded() as seen:
+        cross_entropy(leaf, target).sum().backward()
+    assert [x.kernel for x in seen] == ["_loss_kernel", "_gradient_kernel"]
+    assert seen[1].arguments["scale_stride"] == 0
+    with recorded() as seen:
+        cross_entropy_(logits.detach(), target)
+    assert [x.kernel for x in seen] == ["_in_place_kernel"]
+
+
+def test_one_binary_for_all_rows_widths_and_alignments():
+    """Rows, V, strides, offsets, the ignored index and the smoothing are run-time numbers."""
+    with recorded(run=False) as seen:
+        for V, rows, offset in itertools.product([513, 528, 4096], [1, 16, 17], [0, 1]):
+            logits, target, _ = make(V, torch.bfloat16, V + offset, offset, (), rows)
+            for e, ignore in ((0.1, -100), (0.2, 16)):
+                cross_entropy_(logits, target, None, e, ignore)
+                cross_entropy(logits, target, None, e, ignore)
+    assert compilations(seen) == 2
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["plain", "every option"])
+@pytest.mark.parametrize(("dtype", "V"), [("bf16", 50257), ("fp16", 50257), ("fp32", 50257),
+                                          ("bf16", 2), ("bf16", 5000)])  # fmt: skip
+def test_declared_launches_are_those_that_run(dtype, V, full):
+    """What is compiled without a GPU is what a GPU runs."""
+    if full and (dtype, V) != ("bf16", 50257):
+        pytest.skip("declared in bf16 over a vocabulary")
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    logits, target, _ = make(V, torch_dtype, rows=2)
+    options = {}
+    if full:
+        options = {"weight": torch.ones(V, device=DEVICE), "label_smoothing": 0.1}
+        options["report"] = TargetReport.on(DEVICE)
+    with recorded(run=False) as seen:
+        leaf = logits.detach().requires_grad_()
+        cross_entropy(leaf, target, **options).sum().backward()
+        scale = {"row_scale": upstream(2)} if full else {}
+        cross_entropy_(logits, target, **options, **scale)
+    declared = [
+        (x.kernel.fn.__name__, x.types, x.constexprs, x.options)
+        for x in LAUNCHES
+        if x.label == f"{dtype}, V {V}" + ", every option" * full
+    ]
+    assert len(declared) == len(seen) == 3
+    for x in seen:
+        assert (x.kernel, x.types, dict(x.constexprs), dict(x.options)) in declared
+
+
+def test_the_table_has_the_kernel():
+    assert TRITON.cross_entropy is cross_entropy
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"logits": torch.zeros(2, 5, dtype=torch.float64)},
+            "fp32, fp16 or bf16, got torch.float64",
+        ),
+        ({"logits": torch.zeros(5, 2).T}, r"unit stride along V, got \(1, 2\): call .contig"),
+        ({"target": torch.zeros(3).long()}, r"got \(2, 5\) and \(3,\)"),
+        ({"target": torch.zeros(2).int()}, "int64 target, got torch.int32: call .long"),
+        ({"weight": torch.ones(4)}, r"expected weight \(5,\), got \(4,\)"),
+        ({"target": torch.zeros(2, device="meta").long()}, "expected target on .*, got meta"),
+    ],
+    ids=["fp64", "strided", "rows", "int32", "weight", "device"],
+)
+def test_what_does_not_fit_is_named(change, message):
+    given = {"logits": torch.zeros(2, 5), "target": torch.zeros(2).long()} | change
+    for loss in (cross_entropy, cross_entropy_):
+        with pytest.raises(ValueError, match=message):
+            loss(**given)
+
+
+def test_in_place_needs_rows_of_its_own():
+    target = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"without gradient, .*: .detach\(\)"):
+        cross_entropy_(torch.zeros(2, 5, device=DEVICE, requires_grad=True), target)
+    with pytest.raises(ValueError, match="rows that do not overlap, got stride 0 < 5"):
+        cross_entropy_(torch.zeros(5, device=DEVICE).expand(2, 5), target)
