@@ -4,12 +4,15 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
+
+from minift.kernels.launch import Launch
 
 DTYPES = {
     torch.float64: "fp64",
@@ -35,6 +38,7 @@ class Launched:
     grid: tuple[int, ...] = field(compare=False)
     arguments: dict[str, Any] = field(compare=False, repr=False)
     options: tuple[tuple[str, Any], ...] = ()
+    module: str = ""  # of the kernel: two files may give theirs the same name
 
 
 def specialise(kernel, names: list[str], arguments: dict[str, Any]) -> tuple[str, dict]:
@@ -87,6 +91,7 @@ def describe(kernel, args: tuple, grid, kwargs: dict[str, Any]) -> Launched:
         tuple(grid),
         dict(bound.arguments),
         tuple(sorted(options.items())),
+        kernel.fn.__module__,
     )
 
 
@@ -111,3 +116,33 @@ def recorded(run: bool = True) -> Iterator[list[Launched]]:
 def compilations(launches: list[Launched]) -> int:
     """How many binaries these launches need: one for each kernel and specialisation."""
     return len(set(launches))
+
+
+def launches_are_declared(seen: list[Launched], module: ModuleType) -> set[str]:
+    """What `bench.codegen` compiles is what was launched here: kernel, types, constexprs, options.
+
+    Args:
+        seen: launches at shapes that `module` declares; those of other modules are passed over.
+        module: a kernel file, with its LAUNCHES.
+
+    Returns:
+        The names of the launches that were seen, to compare with those of LAUNCHES.
+    """
+    declared = {key(launch): launch.name for launch in module.LAUNCHES}
+    ours = [launch for launch in seen if launch.module == module.__name__]
+    assert ours, f"nothing of {module.__name__} was launched"
+    for launch in ours:
+        if key(launch) not in declared:
+            near = [str(k[1:]) for k in declared if k[0] == launch.kernel]
+            others = "\n  ".join(["none of this kernel", *near][bool(near) :])
+            raise AssertionError(f"{key(launch)} is not declared; there are:\n  {others}")
+    return {declared[key(launch)] for launch in ours}
+
+
+def key(launch: Launched | Launch) -> tuple:
+    """What decides which code runs, of a launch that was seen or declared."""
+    if isinstance(launch, Launched):
+        return launch.kernel, launch.types, launch.constexprs, launch.options
+    constexprs = {name: getattr(v, "value", v) for name, v in launch.constexprs.items()}
+    pairs = (tuple(sorted(values.items())) for values in (constexprs, launch.options))
+    return launch.kernel.fn.__name__, launch.types, *pairs
