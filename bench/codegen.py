@@ -249,6 +249,8 @@ class Compiler:
         self.names = json.loads(names)
 
     def row(self, index: int, arch: str, seconds: float) -> dict:
+        if self.process.poll() is not None:
+            self.start()
         late = threading.Event()
         timer = threading.Timer(seconds, lambda: (late.set(), self.kill()))
         timer.start()
@@ -257,11 +259,10 @@ class Compiler:
         timer.cancel()
         if answer:
             return json.loads(answer)
-        status, name = self.process.wait(), self.names[index]
         self.stop()
-        self.start()
-        reason = f"died: exit status {status}" if not late.is_set() else f"took over {seconds:g} s"
-        return failure(name, arch, f"does not compile: the compiler {reason}")
+        died = f"died: exit status {self.process.returncode}"
+        reason = f"took over {seconds:g} s" if late.is_set() else died
+        return failure(self.names[index], arch, f"does not compile: the compiler {reason}")
 
     def kill(self) -> None:
         """The assembler that it runs too."""
@@ -269,10 +270,11 @@ class Compiler:
             os.killpg(self.process.pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        self.kill()
         self.process.stdin.close()
         self.process.stdout.close()
-        self.process.wait()
+        if self.process.poll() is None:
+            self.kill()
+            self.process.wait()
 
 
 def compile_all(compilers: list[Compiler], tasks: list[tuple[int, str]], seconds: float):
