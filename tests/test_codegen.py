@@ -258,23 +258,23 @@ def accumulate(a, b, c, PRECISION: tl.constexpr):
 def product_kernel(
     a_ptr, b_ptr, c_ptr, k, M: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr
 ):
-    m, n, j = tl.arange(0, M), tl.arange(0, M), tl.arange(0, K)
-    c = tl.zeros((M, M), tl.float32)
+    m, n, j = tl.arange(0, M), tl.arange(0, 16), tl.arange(0, K)
+    c = tl.zeros((M, 16), tl.float32)
     for start in range(0, k, K):
         a = tl.load(a_ptr + m[:, None] * k + (start + j)[None, :])
-        b = tl.load(b_ptr + (start + j)[:, None] * M + n[None, :])
+        b = tl.load(b_ptr + (start + j)[:, None] * 16 + n[None, :])
         c = accumulate(a, b, c, PRECISION)
-    tl.store(c_ptr + m[:, None] * M + n[None, :], c)
+    tl.store(c_ptr + m[:, None] * 16 + n[None, :], c)
 
 
 @triton.jit
 def both_kernel(a_ptr, b_ptr, c_ptr, d_ptr):
-    m, j = tl.arange(0, 64), tl.arange(0, 32)
+    m, n = tl.arange(0, 64), tl.arange(0, 16)
     a = tl.load(a_ptr + m[:, None] * 64 + m[None, :])
     tl.store(c_ptr + m[:, None] * 64 + m[None, :], tl.dot(a, a))
-    b = tl.load(b_ptr + m[:, None] * 32 + j[None, :])
-    t = tl.load(b_ptr + j[:, None] * 64 + m[None, :])
-    tl.store(d_ptr + m[:, None] * 64 + m[None, :], tl.dot(b, t, input_precision="ieee"))
+    b = tl.load(b_ptr + m[:, None] * 16 + n[None, :])
+    t = tl.load(b_ptr + n[:, None] * 16 + n[None, :])
+    tl.store(d_ptr + m[:, None] * 16 + n[None, :], tl.dot(b, t, input_precision="ieee"))
 
 
 @triton.jit
@@ -310,73 +310,37 @@ LAUNCHES = (
            tile(64, 32, "ieee"), FUSED | {"num_stages": 1}),
     Launch("one dot of two", both_kernel, "*bf16:16 *fp32:16 *fp32:16 *fp32:16", {}, FUSED),
     Launch("shared", product_kernel, PRODUCT, tile(128, 128),
-           FUSED | {"num_warps": 8, "num_stages": 6}),
+           FUSED | {"num_warps": 8, "num_stages": 7}),
     Launch("broken", broken_kernel, "*i32 i32", {}, FUSED),
 )
 """
 NOT_WIDE = r"no 128-bit load: \d+ of 16 bits; no 128-bit store: \d+ of 16 bits"
-WRONG = {  # label -> what is said on sm_80, on sm_90
-    "wide": ("", ""),
-    "no alignment": (NOT_WIDE, NOT_WIDE),
-    "narrow stores": (r"no 128-bit store: \d+ of 16 bits",) * 2,
-    "a small tile": (r"no 128-bit load: \d+ of 32 bits; no 128-bit store: \d+ of 32 bits",) * 2,
-    "narrow allowed": ("", ""),
-    "a sum each row": ("", ""),
-    "spills": (r"\d+ bytes of stack a thread",) * 2,
-    "fp64": (r"fp64: .*DMUL.*",) * 2,
-    "fp64 allowed": ("", ""),
-    "wgmma": ("", ""),
-    "hmma only": ("", "a dot of 64 rows or more without HGMMA"),
-    "small dot": ("", ""),
-    "no tensor cores": (
-        "a dot of 64 rows or more without HMMA",
-        "a dot of 64 rows or more without HGMMA",
-    ),
-    "one dot of two": (".*1 dots of 64 rows or more without tensor cores.*",) * 2,
-    "shared": (
-        r"\d{6} bytes of shared memory, of 166912",
-        r"\d{6} bytes of shared memory, of 232448",
-    ),
-    "broken": (r"does not compile: CompilationError: at \d+:\d+: NameError.*missing.*",) * 2,
+WRONG = {  # label -> what is said on sm_90
+    "wide": "",
+    "no alignment": NOT_WIDE,
+    "narrow stores": r"no 128-bit store: \d+ of 16 bits",
+    "a small tile": r"no 128-bit load: \d+ of 32 bits; no 128-bit store: \d+ of 32 bits",
+    "narrow allowed": "",
+    "a sum each row": "",
+    "spills": r"\d+ bytes of stack a thread",
+    "fp64": r"fp64: .*DMUL.*",
+    "fp64 allowed": "",
+    "wgmma": "",
+    "hmma only": "a dot of 64 rows or more without HGMMA",
+    "small dot": "",
+    "no tensor cores": "a dot of 64 rows or more without HGMMA",
+    "one dot of two": "1 dots of 64 rows or more without tensor cores",
+    "shared": r"\d{6} bytes of shared memory, of 232448",
+    "broken": r"does not compile: CompilationError: at \d+:\d+: NameError.*missing.*",
 }
-
-
-@pytest.fixture(scope="module")
-def odd(tmp_path_factory):
-    """Exit status and rows of kernels that are each wrong in one way, or in none."""
-    folder = tmp_path_factory.mktemp("odd")
-    (folder / "odd_kernels").mkdir()
-    (folder / "odd_kernels" / "__init__.py").touch()
-    (folder / "odd_kernels" / "odd.py").write_text(HEADER + KERNELS)
-    status, rows, errors = run("--package", "odd_kernels", "--arch", "sm_80", "sm_90", path=folder)
-    assert len(rows) == 2 * len(WRONG), errors
-    return status, {(row["kernel"].split(" ", 1)[1], row["arch"]): row for row in rows}
-
-
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("label", WRONG)
-def test_what_breaks_the_budget_is_said(odd, label, arch):
-    """Each reason alone, and none where the code is good."""
-    row = odd[1][label, arch]
-    assert list(row) == KEYS
-    expected = WRONG[label][arch == "sm_90"]
-    assert re.fullmatch(expected, "; ".join(row["why"])), row
-    assert row["ok"] == (not expected)
-
-
-def test_numbers_are_those_of_the_code(odd):
-    """A tile of 1024 bf16 over 128 threads is one access of 16 bytes each way."""
-    status, rows = odd
-    assert status == 1
-    wide, narrow = rows["wide", "sm_90"], rows["no alignment", "sm_90"]
-    assert (wide["wide_accesses"], wide["narrow_accesses"]) == (2, 0)
-    assert (narrow["wide_accesses"], narrow["narrow_accesses"]) == (0, 8)
-    assert (wide["spill_bytes"], wide["shared_bytes"], wide["tensor_core_ops"]) == (0, 0, 0)
-    assert 8 <= wide["registers"] <= 40
-    assert rows["spills", "sm_80"]["spill_bytes"] > 0
-    assert rows["wgmma", "sm_90"]["tensor_core_ops"] == 4  # 64 x 64 x 64 in steps of 16
-    assert rows["wgmma", "sm_90"]["shared_bytes"] >= 2 * 2 * 64 * 64 * 2
-    assert rows["broken", "sm_90"]["registers"] is None
+WRONG_BEFORE = {  # on sm_80, where something else is said
+    "hmma only": "",
+    "no tensor cores": "a dot of 64 rows or more without HMMA",
+    "shared": r"\d{6} bytes of shared memory, of 166912",
+}
+CASES = [
+    (label, arch) for arch, said in (("sm_90", WRONG), ("sm_80", WRONG_BEFORE)) for label in said
+]
 
 
 def write_package(folder: Path, name: str, kernel: str) -> Path:
@@ -384,6 +348,114 @@ def write_package(folder: Path, name: str, kernel: str) -> Path:
     (folder / name / "__init__.py").touch()
     (folder / name / "odd.py").write_text(HEADER + kernel)
     return folder
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """The rows of kernels that are each wrong in one way, or in none."""
+    folder = write_package(tmp_path_factory.mktemp("odd"), "odd_kernels", KERNELS)
+    rows = []
+    for arch, names in (("sm_90", []), ("sm_80", WRONG_BEFORE)):
+        status, found, errors = run("--package", "odd_kernels", *names, "--arch", arch, path=folder)
+        assert (status, len(found)) == (1, len(names or WRONG)), errors
+        rows += found
+    return {(row["kernel"].split(" ", 1)[1], row["arch"]): row for row in rows}
+
+
+@pytest.mark.parametrize(("label", "arch"), CASES)
+def test_what_breaks_the_budget_is_said(odd, label, arch):
+    """Each reason alone, and none where the code is good."""
+    row = odd[label, arch]
+    assert list(row) == KEYS
+    expected = (WRONG if arch == "sm_90" else WRONG_BEFORE)[label]
+    assert re.fullmatch(expected, "; ".join(row["why"])), row
+    assert row["ok"] == (not expected)
+
+
+def test_numbers_are_those_of_the_code(odd):
+    """A tile of 1024 bf16 over 128 threads is one access of 16 bytes each way."""
+    rows = {label: row for (label, arch), row in odd.items() if arch == "sm_90"}
+    wide, narrow = rows["wide"], rows["no alignment"]
+    assert (wide["wide_accesses"], wide["narrow_accesses"]) == (2, 0)
+    assert (narrow["wide_accesses"], narrow["narrow_accesses"]) == (0, 8)
+    assert (wide["spill_bytes"], wide["shared_bytes"], wide["tensor_core_ops"]) == (0, 0, 0)
+    assert 8 <= wide["registers"] <= 40
+    assert rows["spills"]["spill_bytes"] > 0
+    assert rows["wgmma"]["tensor_core_ops"] == 4  # 64 x 16 x 64 in steps of 16
+    assert rows["wgmma"]["shared_bytes"] == 2 * (64 * 64 + 64 * 16) * 2  # two stages
+    assert rows["broken"]["registers"] is None
+
+
+@pytest.mark.parametrize(
+    ("asm", "amd", "loads", "stores"),
+    [
+        ("LDG.E.128.CONSTANT R4, desc[UR4][R2.64] ; STG.E.64 desc[UR4][R2.64], R4", 0,
+         {128: 1}, {64: 1}),
+        ("LDG.E.U16 R4 ; LDG.E.S8 R4 ; LDG.E R4 ; @!P0 STG.E.EF.U8 R2", 0,
+         {16: 1, 8: 1, 32: 1}, {8: 1}),
+        ("LDGSTS.E.BYPASS.128 [R1], [R2] ; UTMALDG.2D [UR8] ; UTMASTG.2D [UR8]", 0,
+         {128: 2}, {128: 1}),
+        ("LDG.E.ENL2.256 R8 ; LDS.128 R4 ; STL.128 [R1] ; LDL.64 R2 ; LDC.64 R2", 0, {256: 1}, {}),
+        ("global_load_dwordx4 v[0:3] buffer_load_ushort v1 flat_load_dword v2", 1,
+         {128: 1, 16: 1, 32: 1}, {}),
+        ("buffer_store_dwordx2 v[0:1] global_store_byte v0 ds_read_b128 v[0:3]", 1,
+         {}, {64: 1, 8: 1}),
+    ],
+)  # fmt: skip
+def test_accesses_are_counted_by_width(asm, amd, loads, stores):
+    """Of global memory alone, with every suffix seen in disassemblies."""
+    assert codegen.accesses(asm, bool(amd)) == (loads, stores)
+
+
+@pytest.mark.parametrize(
+    ("asm", "fp64"),
+    [
+        ("DADD R2, R4, R6", True),
+        ("MUFU.RCP64H R5, R3", True),
+        ("F2F.F64.F32 R2, R0", True),
+        ("I2F.F64.U32 R2, R0", True),
+        ("F2I.S64.F64.TRUNC R2, R2", True),
+        ("DMMA.884 R2, R4, R6, R8", True),
+        ("I2F.U64.RP R4, R2 ; MUFU.RCP R4, R4 ; F2F.BF16.F32 R4, R4", False),
+        ("LDG.E.64 R2, desc[UR4][R2.64] ; IADD.64 R2, R2 ; DEPBAR.LE SB0, 0x1", False),
+    ],
+)
+def test_fp64_is_told_from_what_is_64_bits_wide(asm, fp64):
+    """Conversions and reciprocals of fp64 count; addresses and 64-bit integers do not."""
+    assert bool(re.search(codegen.FP64, asm)) == fp64
+
+
+def dot_ir(*layouts: str) -> str:
+    """TTGIR of dots of 64 rows, `wgmma` or with a result of that layout."""
+    return "\n".join(
+        "%a = ttng.warp_group_dot %x, %y, %z : !ttg.memdesc<64x64xbf16, #shared>"
+        " * !ttg.memdesc<64x16xbf16, #shared> -> tensor<64x16xf32, #mma> loc(#loc1)"
+        if layout == "wgmma"
+        else "%a = tt.dot %x, %y, %z, inputPrecision = tf32 : tensor<64x64xbf16>"
+        f" * tensor<64x16xbf16> -> tensor<64x16xf32, #{layout}> loc(#loc1)"
+        for layout in layouts
+    )
+
+
+@pytest.mark.parametrize(
+    ("arch", "asm", "layouts", "message"),
+    [
+        ("sm_90", "HGMMA HGMMA", ["wgmma", "wgmma"], []),
+        ("sm_90", "HGMMA HMMA", ["wgmma", "mma"], ["1 dots of 64 rows or more are HMMA"]),
+        ("sm_90", "HMMA", ["mma"], ["a dot of 64 rows or more without HGMMA"]),
+        ("sm_90", "QGMMA", ["wgmma"], []),
+        ("sm_80", "HMMA IMMA", ["mma", "mma1"], []),
+        ("sm_80", "HMMA", ["mma", "blocked2"],
+         ["1 dots of 64 rows or more without tensor cores"]),
+        ("sm_80", "FFMA", ["blocked"], ["a dot of 64 rows or more without HMMA"]),
+    ],
+)  # fmt: skip
+def test_each_large_dot_counts(arch, asm, layouts, message):
+    """One fast dot does not excuse a slow one beside it."""
+    ttir = "%a = tt.dot %x, %y, %z : tensor<64x64xbf16> * tensor<64x16xbf16> -> tensor<64x16xf32>"
+    assert codegen.slow_dots(arch, asm, {"ttir": ttir, "ttgir": dot_ir(*layouts)}) == message
+    small = {"ttir": ttir.replace("<64x", "<32x"), "ttgir": dot_ir(*layouts)}
+    assert codegen.slow_dots(arch, asm, small) == []
 
 
 def test_a_compiler_that_hangs_or_dies_is_said_and_the_rest_goes_on(tmp_path):
