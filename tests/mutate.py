@@ -120,7 +120,8 @@ def main() -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     args = parser.parse_args()
     found = mutants((args.root / args.file).read_text("utf-8"))
-    names = list(found)
+    if not (names := list(found)):
+        parser.error(f"expected functions in {args.file}, got none that may change")
     if args.sample and args.sample < len(names):
         names = random.Random(0).sample(names, args.sample)
     allowed = args.root / "tests" / "mutants_allowed.txt"

@@ -458,6 +458,25 @@ def test_each_large_dot_counts(arch, asm, layouts, message):
     assert codegen.slow_dots(arch, asm, small) == []
 
 
+@pytest.mark.parametrize(
+    ("stored", "asm", "message"),
+    [
+        ("8x", "LDG.E.128 STG.E", []),  # a result of each of 8 rows
+        ("8x64x", "LDG.E.128 STG.E", []),
+        ("8x128x", "LDG.E.128 STG.E", ["no 128-bit store: 1 of 32 bits"]),
+        ("8x1024x", "LDG.E.128 STG.E STG.E.128", []),  # with a tail
+        ("8x1024x", "LDG.E.64 STG.E.128", ["no 128-bit load: 1 of 64 bits"]),
+        ("8x1024x", "STG.E.128", []),  # nothing is loaded
+    ],
+)
+def test_results_of_rows_are_no_streams(stored, asm, message):
+    """A sixteenth of the largest tile or less may be stored narrowly."""
+    loads = "%x = tt.load %p, %m : tensor<8x1024x!tt.ptr<bf16>> loc(#loc)\n"
+    loads += "%s = tt.load %q : !tt.ptr<f32> loc(#loc)\n"
+    ttir = loads + f"tt.store %p, %v, %m : tensor<{stored}!tt.ptr<f32>> loc(#loc)"
+    assert codegen.narrow_streams(asm, {"ttir": ttir}) == message
+
+
 def test_a_compiler_that_hangs_or_dies_is_said_and_the_rest_goes_on(tmp_path):
     """Each in its place, and the next launch is compiled by another process."""
     body = """

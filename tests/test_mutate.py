@@ -96,12 +96,13 @@ GOOD, POOR, WRONG = "f(2) == 3", "f(0) > -2", "f(2) == 4"
         (GOOD, "", 0, "0 of 3 mutants survive unallowed"),
         (POOR, "# why\nf: n + 1 -> n\n", 1, "n - 1\nallowed   f: n + 1 -> n\nSURVIVES"),
         (WRONG, "", 2, "expected tests/test_f.py to pass as it is"),
+        (None, "", 2, "expected functions in minift/f.py, got none that may change"),
     ],
-    ids=["good tests", "poor tests", "wrong tests"],
+    ids=["good tests", "poor tests", "wrong tests", "nothing"],
 )
 def test_survivors_decide_the_exit_status(tmp_path, monkeypatch, test, allowed, status, said):
     """The tests run on each mutant, in a copy."""
-    source = "def f(n):\n    return n + 1\n"
+    source = "def f(n):\n    return n + 1\n" if test else "N = 1\n"
     (tmp_path / "minift").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "minift" / "f.py").write_text(source)
