@@ -1,0 +1,241 @@
+"""All that a machine with a GPU should run, in one call and in the given time.
+
+    python -m bench.gpu --out DIR --minutes 9
+
+    compile     every declared launch, for all targets, on all cores
+    ceilings    bandwidth of a copy, rate of a matmul, cost of a launch
+    smoke       every operation at a small shape: whether it runs and is right
+    tests       the tests of the kernels, on the GPU
+    kernels     every operation at the shapes that are trained, beside its peers and its floor
+    finetune    fine-tuning beside transformers' Trainer
+
+Each part is a process with a time limit and a log; one that fails or hangs does not stop the
+others. What a part leaves of its time goes to those after it. DIR/gpu.jsonl has a line for each
+part as soon as it ends; DIR/kernels.jsonl one for each contender. torch, triton, numpy, pytest and
+what `import minift` takes must be there; minift need not be installed. Exit status 1: a part failed.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench.measure import ROOT, append
+
+SHARES = {  # of the time, where every part takes all of its own
+    "compile": 0.15,
+    "ceilings": 0.05,
+    "smoke": 0.1,
+    "tests": 0.25,
+    "kernels": 0.45,
+    "finetune": 0.0,
+}
+LINES, WIDTH = 12, 100  # of the log of a part that failed
+HEADER = ("part", "status", "seconds", "log", "its last line")
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part runs."""
+
+    command: list[str]
+    environment: dict[str, str]
+    skipped: str = ""  # why it is not run
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a part ended."""
+
+    part: str
+    status: str  # "ok", "failed", "timed out", "skipped"
+    seconds: float
+    limit: float
+    code: int | None
+    log: str
+    last: str  # line of the log, or why it was skipped
+
+
+def parts(device: str, out: Path, link: Path, limits: dict[str, float]) -> dict[str, Part]:
+    """The command of every part.
+
+    Args:
+        device: "cuda", or "cpu" for small shapes.
+        out: folder for results.
+        link: folder with a link to minift and nothing else.
+        limits: seconds for each part.
+    """
+    python = [sys.executable, "-m"]
+    plain: dict[str, str] = {}
+    quick = ["--quick"] if device == "cpu" else []
+    compile_all = [*python, "bench.codegen", "--json", "--jobs", str(os.cpu_count())]
+    kernels = [*python, "bench.kernels", "--device", device]
+    minutes = str(0.8 * limits["kernels"] / 60)  # the rest is for the case that is running then
+    # A folder `kernels` on the path would be taken for the package of that name: so the checkout
+    # is not on it (-P), and minift is found through a link.
+    tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    path = os.pathsep.join(filter(None, [str(link), os.environ.get("PYTHONPATH")]))
+    missing = "" if (ROOT / "bench" / "codegen.py").exists() else "there is no bench/codegen.py"
+    return {
+        "compile": Part(compile_all, plain, missing),
+        "ceilings": Part([*python, "bench.ceilings", "--device", device, *quick], plain),
+        "smoke": Part([*kernels, "--quick", "--out", str(out / "smoke.jsonl")], plain),
+        "tests": Part([*tests, *test_files()], {"PYTHONPATH": path}),
+        "kernels": Part(
+            [*kernels, *quick, "--minutes", minutes, "--out", str(out / "kernels.jsonl")], plain
+        ),
+        "finetune": Part([], plain, "no model and no rows are carried to this machine"),
+    }
+
+
+def test_files() -> list[str]:
+    """The tests of kernels/ and of the timing: others need packages that may not be there."""
+    names = [path.stem for path in sorted((ROOT / "kernels").glob("*.py"))]
+    files = [f"tests/test_{name}.py" for name in [*names, "measure"]]
+    return [file for file in files if (ROOT / file).exists()]
+
+
+def share_out(names: list[str], seconds: float) -> dict[str, float]:
+    """The time of each part that is still to run."""
+    total = sum(SHARES[name] for name in names)
+    return {name: seconds * SHARES[name] / total if total else 0.0 for name in SHARES}
+
+
+def run_part(name: str, part: Part, limit: float, out: Path) -> Result:
+    """Runs a part to its end or to its limit, with all that it started."""
+    log = out / f"{name}.log"
+    if part.skipped:
+        return Result(name, "skipped", 0.0, limit, None, "-", part.skipped)
+    start = time.monotonic()
+    environment = {**os.environ, **part.environment}
+    environment.pop("TRITON_INTERPRET", None)  # whoever needs it sets it
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit)
+            status = "failed" if code else "ok"
+        except subprocess.TimeoutExpired:
+            code, status = None, "timed out"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    lines = tail(log)
+    seconds = time.monotonic() - start
+    return Result(name, status, round(seconds, 1), limit, code, log.name, (lines or [""])[-1])
+
+
+def tail(log: Path) -> list[str]:
+    """The last lines of a log that have something in them, cut to a width."""
+    text = log.read_text("utf-8", errors="replace") if log.exists() else ""
+    lines = [line.rstrip() for line in text.split("\n") if line.strip()]
+    return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines[-LINES:]]
+
+
+def run_parts(names: list[str], device: str, out: Path, seconds: float) -> list[Result]:
+    """The parts in their order, each result written as soon as it is there."""
+    end = time.monotonic() + seconds
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder)
+        (link / "minift").symlink_to(ROOT / "minift")
+        for i, name in enumerate(names):
+            limits = share_out(names[i:], max(end - time.monotonic(), 0.0))
+            part = parts(device, out, link, limits)[name]
+            result = run_part(name, part, limits[name], out)
+            append(out / "gpu.jsonl", asdict(result))
+            print(f"{name}: {result.status} in {result.seconds:.0f} s", flush=True)
+            results.append(result)
+    return results
+
+
+# ------------------------------------------------------------------- report
+
+
+def kernel_lines(file: Path) -> list[str]:
+    """One line a case: ours beside the best peer."""
+    if not file.exists():
+        return []
+    cases: dict[tuple, list[dict]] = {}
+    for row in map(json.loads, file.read_text("utf-8").splitlines()):
+        cases.setdefault((row["op"], row["pass"], row["shape"]), []).append(row)
+    lines = [f"{'operation, pass: shape':<64}{'ours ms':>9}{'best ms':>9}{'ratio':>7}  best peer"]
+    return lines + [kernel_line(case, rows) for case, rows in cases.items()]
+
+
+def kernel_line(case: tuple, rows: list[dict]) -> str:
+    """Ours, the best peer, the ratio; share of the copy's rate and the target, where they are."""
+    peers = [r for r in rows if r["status"] == "timed" and r["contender"] != "ours"]
+    best = min(peers, key=lambda row: row["p50"], default=None)
+    mine = next((r for r in rows if r["contender"] == "ours"), None)
+    title = "{}, {}: {}".format(*case)[:63]
+    name, peer_ms = (best["contender"], f"{best['p50']:.4f}") if best else ("none", "-")
+    if mine is None or mine["status"] != "timed":
+        status = mine["status"] if mine else "-"
+        return f"{title:<64}{status:>9}{peer_ms:>9}{'-':>7}  {name}"
+    ratio = f"{mine['ratio_to_best_peer']:.2f}" if best else "-"
+    met = {True: ", target met", False: ", target MISSED", None: ""}[mine["target_met"]]
+    note = f"{name}; {mine['of_copy']:.0%} of a copy's rate{met}"
+    return f"{title:<64}{mine['p50']:>9.4f}{peer_ms:>9}{ratio:>7}  {note}"
+
+
+def report(results: list[Result], out: Path) -> str:
+    """The kernels, the parts, and the ends of the logs of those that failed."""
+    rows = [HEADER]
+    rows += [(r.part, r.status, f"{r.seconds:.0f}", r.log, r.last[:WIDTH]) for r in results]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
+    lines = [*kernel_lines(out / "kernels.jsonl"), ""]
+    for *cells, last in rows:
+        lines.append("  ".join([*map(str.ljust, cells, widths), last]).rstrip())
+    for r in results:
+        if r.status in ("failed", "timed out"):
+            lines += ["", f"{r.part} {r.status} ({out / r.log}):", *tail(out / r.log)]
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--parts", default=",".join(SHARES), help="with commas; default: all")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cuda", help="cpu: a rehearsal"
+    )
+    parser.add_argument("--commit", help="of this copy, if it is without git")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    names = args.parts.split(",")
+    if unknown := set(names) - set(SHARES):
+        raise SystemExit(f"expected --parts of {','.join(SHARES)}, got {','.join(sorted(unknown))}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("expected a GPU, found none: --device cpu rehearses every part", file=sys.stderr)
+        raise SystemExit(2)
+    if args.commit:
+        os.environ["BENCH_COMMIT"] = args.commit
+    out = args.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("gpu", "smoke", "kernels"):
+        (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier run
+    results = run_parts(names, args.device, out, 60 * args.minutes)
+    print(report(results, out))
+    raise SystemExit(1 if any(r.status in ("failed", "timed out") for r in results) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""Every kernel beside its definition, torch, torch.compile and its peers, and beside its floor.
+
+    python -m bench.kernels --op cross_entropy --shape 50257
+    python -m bench.kernels --quick --device cpu
+
+A contender is held to the definition in fp64 first: at most twice the error of the definition in
+the same dtype, plus one unit in the last place. One that is wrong is reported and not timed.
+
+The floor is the time in which the bytes (or flops) that a case must move pass at the ceiling:
+"of 4.8" is the share of that rate that a contender reaches at the nominal bandwidth, "of copy" at
+that of a copy, measured in the same run. "x best" is the time over that of the fastest peer,
+where a peer is whoever is not ours: above 1 is a loss. Every line is appended to
+bench/results/kernels.jsonl; the last line printed is JSON. Exit status 1: one of ours is wrong or
+failed.
+"""
+
+import argparse
+import functools
+import gc
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench import operations, optimizers
+from bench.ceilings import Ceilings, measure_ceilings
+from bench.measure import ROOT, Run, Timing, append, fingerprint, measure, one_line
+from bench.operations import BF16, FP32, Absent, Case, Inputs
+
+RESULTS = ROOT / "bench" / "results" / "kernels.jsonl"
+SPEED = {"blocks": 5, "runs": 20, "block_ms": 50.0}
+QUICK = {"blocks": 2, "runs": 3, "block_ms": 5.0}
+COLUMNS = f"  {'':<14}{'ms':>9} {'20 .. 80 %':>18}{'of 4.8':>8}{'of copy':>8}{'x best':>8}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the comparison with the definition gave."""
+
+    status: str  # "right", "wrong", "absent", "failed"
+    reason: str = ""
+    error: float | None = None  # over the allowed error, the worst of all results
+
+
+# -------------------------------------------------------------------- cases
+
+
+def all_cases(device: torch.device, quick: bool) -> list[Case]:
+    """Shapes that are trained; on a CPU with a share of the rows; the smallest for --quick."""
+    if quick:
+        return quick_cases(device)
+    cuda = device.type == "cuda"
+    share = 1 if cuda else 32
+    ce, tokens = operations.cross_entropy, 4096 if cuda else 1024
+    return [
+        *ce(8192 // share, 30522, 30528, device, {"H200": 0.245}),
+        *ce(8192 // share, 50257, 50304, device, {"H200": 0.404}),
+        *ce(8192 // share, 50257, 50257, device),
+        *ce(4096 // share, 128256, 128256, device),
+        *ce(32, 2, 2, device),
+        *ce(32, 150, 150, device),
+        *optimizer_cases(device),
+        *operations.attention((512, 512, 384, 384, 256, 256, 128, 128), 12, 64, device),
+        *operations.add_norm(tokens, 768, device),
+        *operations.bias_gelu(tokens, 3072, device),
+        *operations.embed(tokens, 768, (30522, 512, 2), device),
+    ]
+
+
+def optimizer_cases(device: torch.device) -> list[Case]:
+    """The larger models take more memory and time than a CPU has."""
+    models = {"MiniLM": {}, "GPT-2 124M": {"H200": 0.91}, "BERT-large": {"H200": 2.5}}
+    return [
+        optimizers.adamw(model, dtype, device, target if dtype == BF16 else None)
+        for model, target in models.items()
+        for dtype in (BF16, FP32)
+        if device.type == "cuda" or model == "MiniLM"
+    ]
+
+
+def quick_cases(device: torch.device) -> list[Case]:
+    """One or two small shapes an operation: whether it runs and is right."""
+    return [
+        *operations.cross_entropy(32, 150, 150, device),
+        *operations.cross_entropy(16, 1001, 1008, device),
+        optimizers.adamw("a tiny BERT", BF16, device),
+        optimizers.adamw("a tiny BERT", FP32, device),
+        *operations.attention((33, 17, 17), 4, 32, device),
+        *operations.add_norm(50, 96, device),
+        *operations.bias_gelu(50, 96, device),
+        *operations.embed(50, 96, (300, 64, 2), device),
+    ]
+
+
+# ----------------------------------------------------------------- accuracy
+
+
+def results_of(case: Case, name: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """What a contender computes, in as many calls as the case says."""
+    run = case.ways[name](inputs)
+    for _ in range(case.calls):
+        if run.reset:
+            run.reset()
+        results = run.call()
+    return results
+
+
+def worst_error(actual, same_dtype, exact) -> float:
+    """The error over the allowed one, at most 1 when all is right; the largest of all results.
+
+    Allowed is twice the error of the definition in the same dtype, and one unit in the last place
+    of the largest number of the exact result.
+    """
+    worst = 0.0
+    for a, s, e in zip(actual, same_dtype, exact, strict=True):
+        if a.shape != e.shape:
+            return math.inf
+        ulp = torch.finfo(a.dtype).eps * e.abs().max()
+        allowed = 2 * (s.double() - e).abs().max() + ulp
+        error = (a.double() - e).abs().max()
+        if error > 0 or not torch.isfinite(error):
+            ratio = (error / allowed).item()
+            worst = max(worst, math.inf if math.isnan(ratio) else ratio)
+    return worst
+
+
+def check(case: Case, inputs: Inputs) -> dict[str, Verdict]:
+    """Every contender against the definition in fp64."""
+    exact = results_of(case, "definition", inputs.double())
+    same_dtype = results_of(case, "definition", inputs)
+    verdicts = {}
+    for name in case.ways:
+        try:
+            error = worst_error(results_of(case, name, inputs), same_dtype, exact)
+        except Absent as absent:
+            verdicts[name] = Verdict("absent", str(absent))
+        except Exception as failure:  # a peer may raise anything; the others are still wanted
+            verdicts[name] = Verdict("failed", one_line(failure))
+        else:
+            reason = "" if error <= 1 else f"error {error:.2f} of what is allowed"
+            verdicts[name] = Verdict("wrong" if error > 1 else "right", reason, finite(error))
+    return verdicts
+
+
+def finite(x: float | None) -> float | None:
+    """What JSON can hold."""
+    return x if x is not None and math.isfinite(x) else None
+
+
+# ------------------------------------------------------------------- timing
+
+
+def run_case(case: Case, device: torch.device, speed: dict) -> dict[str, tuple[Verdict, Timing]]:
+    """Checks all contenders, then times those that are right."""
+    if any("compile" in name for name in case.ways):
+        torch.compiler.reset()  # of one shape only: past 8 it would not compile any more
+    inputs = case.inputs()
+    verdicts = check(case, inputs)
+    copies = [inputs, *(inputs.copy() for _ in range(case.copies - 1))]
+
+    def make(way, i: int) -> Run:
+        return way(copies[i])
+
+    contenders = {
+        name: functools.partial(make, case.ways[name])
+        for name, verdict in verdicts.items()
+        if verdict.status == "right"
+    }
+    timings = measure(contenders, device, copies=case.copies, **speed)
+    for name, timing in timings.items():
+        if timing.error:
+            verdicts[name] = Verdict("failed", timing.error, verdicts[name].error)
+    return {name: (verdict, timings.get(name)) for name, verdict in verdicts.items()}
+
+
+def rows_of(
+    case: Case, found: dict[str, tuple[Verdict, Timing | None]], ceilings: Ceilings, gpu: str
+) -> Iterator[dict]:
+    """A result for each contender, as it is written down."""
+    times = {name: t.p50 for name, (_, t) in found.items() if t and not t.error}
+    best = min((ms for name, ms in times.items() if name != "ours"), default=None)
+    nominal = ceilings.floor_ms(case.bytes, case.flops, nominal=True)
+    floor = ceilings.floor_ms(case.bytes, case.flops)
+    target = next((ms for name, ms in case.target_ms.items() if name in gpu), None)
+    for name, (verdict, timing) in found.items():
+        ms = times.get(name)
+        yield {
+            "op": case.op,
+            "shape": case.shape,
+            "pass": case.kind,
+            "contender": name,
+            "status": "timed" if ms else verdict.status,
+            "reason": verdict.reason,
+            "error": verdict.error,
+            **({k: finite(v) if isinstance(v, float) else v
+                for k, v in asdict(timing).items() if k not in ("reason", "error")}
+               if timing else {}),
+            "eager_because": timing.reason if timing else "",
+            "bytes": case.bytes,
+            "flops": case.flops,
+            "floor_ms": floor,
+            "nominal_floor_ms": nominal,
+            "of_copy": floor / ms if ms else None,
+            "of_nominal": nominal / ms if ms and nominal else None,
+            "ratio_to_best_peer": ms / best if ms and best else None,
+            "target_ms": target,
+            "target_met": ms <= target if ms and target and name == "ours" else None,
+        }  # fmt: skip
+
+
+# ------------------------------------------------------------------- output
+
+
+def table(rows: list[dict]) -> str:
+    """The rows of a case, for reading."""
+    first = rows[0]
+    floors = f"{first['floor_ms']:.4f} ms at a copy's rate"
+    if first["nominal_floor_ms"]:
+        floors = f"{first['nominal_floor_ms']:.4f} ms nominal, {floors}"
+    title = f"{first['op']}, {first['pass']}: {first['shape']}"
+    lines = ["", title, f"  {first['bytes'] / 1e6:.4g} MB, floor {floors}", COLUMNS]
+    return "\n".join(lines + [line(row) for row in rows])
+
+
+def line(row: dict) -> str:
+    """One contender."""
+    if row["status"] != "timed":
+        return f"  {row['contender']:<14}{row['status']:>9} {row['reason']}"
+    spread = f"{row['p20']:.4f} .. {row['p80']:.4f}"
+    nominal = f"{row['of_nominal']:.0%}" if row["of_nominal"] else "-"
+    ratio = f"{row['ratio_to_best_peer']:.2f}" if row["ratio_to_best_peer"] else "-"
+    notes = ["" if row["graph"] or row["eager_because"] == "on a CPU" else row["eager_because"]]
+    if row["thrown_away"]:
+        notes.append(f"{row['thrown_away']} of {row['blocks']} blocks thrown away")
+    if not row["trusted"]:
+        notes.append("DOUBTFUL: the machine was busy")
+    if row["target_met"] is not None:
+        notes.append(f"target {row['target_ms']} ms {'met' if row['target_met'] else 'MISSED'}")
+    return (
+        f"  {row['contender']:<14}{row['p50']:>9.4f} {spread:>18}{nominal:>8}"
+        f"{row['of_copy']:>8.0%}{ratio:>8}  {'; '.join(filter(None, notes))}"
+    ).rstrip()
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Counts, how ours stands, and what went wrong."""
+    counts = {status: 0 for status in ("timed", "wrong", "absent", "failed")}
+    for row in rows:
+        counts[row["status"]] += 1
+    ours = [row for row in rows if row["contender"] == "ours"]
+    ratios = [row["ratio_to_best_peer"] for row in ours if row["ratio_to_best_peer"]]
+    problems = [row for row in rows if row["status"] in ("wrong", "failed")]
+    names = ("op", "shape", "pass", "contender")
+    return {
+        **counts,
+        "doubtful": sum(row.get("trusted") is False for row in rows if row["status"] == "timed"),
+        "ours_worst_ratio": max(ratios, default=None),
+        "targets_met": sum(row["target_met"] is True for row in ours),
+        "targets_missed": sum(row["target_met"] is False for row in ours),
+        "failures": [
+            ", ".join(row[name] for name in names) + f": {row['reason']}" for row in problems
+        ],
+        "ours_failures": sum(row["contender"] == "ours" for row in problems),
+    }
+
+
+# --------------------------------------------------------------------- main
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", help="operations; default: all")
+    parser.add_argument("--shape", default="", help="only shapes whose description has this in it")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few repetitions")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines are appended to it")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="no case is begun after so many"
+    )
+    return parser
+
+
+def chosen(args: argparse.Namespace, device: torch.device) -> list[Case]:
+    """The cases of --op and --shape."""
+    cases = all_cases(device, args.quick)
+    known = list(dict.fromkeys(case.op for case in cases))
+    if unknown := set(args.op or ()) - set(known):
+        raise SystemExit(f"expected --op of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    ops = args.op or known
+    cases = [case for case in cases if case.op in ops and args.shape in case.shape]
+    if not cases:
+        raise SystemExit(f"expected --shape in one of the shapes, got {args.shape!r}")
+    return cases
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    end = time.monotonic() + 60 * args.minutes
+    # `-m` puts this repository first on the path, where a peer that imports transformers would
+    # take our folder `kernels` for the package of that name.
+    sys.path = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    cases = chosen(args, device)
+    ceilings = measure_ceilings(device, args.quick, matmul=any(case.flops for case in cases))
+    machine = fingerprint(device)
+    print(json.dumps(machine))
+    print(f"a copy moves {ceilings.copy / 1e9:,.0f} GB/s here")
+    rows: list[dict] = []
+    left_out = []
+    for case in cases:
+        if time.monotonic() > end:
+            left_out.append(f"{case.op}, {case.kind}: {case.shape}")
+            continue
+        if args.quick:
+            case.ways.pop("torch.compile", None)  # compiling takes longer than all the rest
+        found = run_case(case, device, QUICK if args.quick else SPEED)
+        new = list(rows_of(case, found, ceilings, machine.get("gpu", "")))
+        print(table(new), flush=True)
+        for row in new:
+            append(args.out, {**row, "quick": args.quick, **machine})
+        rows += new
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    summary = {**summarise(rows), "left_out": left_out}
+    print(json.dumps(summary))
+    raise SystemExit(1 if summary["ours_failures"] else 0)
+
+
+if __name__ == "__main__":
+    main()
