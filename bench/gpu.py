@@ -11,8 +11,9 @@
 
 Each part is a process with a time limit and a log; one that fails or hangs does not stop the
 others. What a part leaves of its time goes to those after it. DIR/gpu.jsonl has a line for each
-part as soon as it ends; DIR/kernels.jsonl one for each contender. torch, triton, numpy, pytest and
-what `import minift` takes must be there; minift need not be installed. Exit status 1: a part failed.
+part as soon as it ends; DIR/kernels.jsonl one for each contender. torch, triton, numpy, pytest,
+hypothesis and what `import minift` takes must be there; minift need not be installed. Exit status
+1: a part failed.
 """
 
 import argparse

@@ -61,6 +61,7 @@ class Case:
     target_ms: dict[str, float] = field(default_factory=dict)  # by part of a GPU's name
     copies: int = 2
     calls: int = 1  # of a run, before its results are judged
+    dtype: torch.dtype | None = None  # all results are judged as if in it; default: in their own
 
 
 def copied(x: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ def only_on(device: torch.device, fn: Callable) -> Callable:
 def differentiable(
     op: str, shape: str, make: Callable[[], Inputs], functions: dict[str, Callable],
     bytes: dict[str, int], *, flops: dict[str, int] | None = None,
-    ways: dict[str, Way] | None = None, target_ms: dict[str, float] | None = None,
+    ways: dict[str, Way] | None = None, **facts,
 ) -> list[Case]:  # fmt: skip
     """A case for each pass that `bytes` names, with torch.compile of the definition.
 
@@ -173,16 +174,14 @@ def differentiable(
         functions: by contender, of the leaves; "definition" first.
         bytes, flops: by pass.
         ways: contenders that do not go through autograd.
-        target_ms: as in Case.
+        facts: the other fields of Case.
     """
     functions = functions | {"torch.compile": compiled(functions["definition"])}
     cases = []
     for kind, moved in bytes.items():
         every = {name: PASSES[kind](fn) for name, fn in functions.items()} | (ways or {})
         every["ours"] = every.pop("ours")  # last in every table
-        cases.append(
-            Case(op, shape, kind, make, every, moved, (flops or {}).get(kind, 0), target_ms or {})
-        )
+        cases.append(Case(op, shape, kind, make, every, moved, (flops or {}).get(kind, 0), **facts))
     return cases
 
 
@@ -231,7 +230,7 @@ def cross_entropy(
         *differentiable(op, shape, by_row, functions, {"forward": logits}, ways=forward_only),
         *differentiable(op, shape, by_row, functions, {"backward": 2 * logits}),
         *differentiable(op, shape, whole, means, {"forward+gradient": 2 * logits},
-                        ways=in_place, target_ms=target_ms),
+                        ways=in_place, target_ms=target_ms or {}),
     ]  # fmt: skip
 
 
@@ -262,21 +261,25 @@ def liger_in_place(target: Tensor) -> Way:
 def add_norm(T: int, C: int, device: torch.device) -> list[Case]:
     def make() -> Inputs:
         g = generator(device)
-        weight, norm_bias, bias = (normal(g, (C,)) for _ in range(3))
+        weight, norm_bias, bias = (normal(g, (C,)).float() for _ in range(3))
         leaves = normal(g, (T, C)), normal(g, (T, C)), weight + 1, norm_bias, bias
         return Inputs(leaves, (normal(g, (T, C)), normal(g, (T, C))))
 
     def of(fn: Callable) -> Callable:
         return lambda x, r, w, nb, b: fn(x, r, Norm(w, nb, 1e-12), b)
 
+    def definition(x, r, *columns):
+        return of(add_norm_ref)(x, r, *(c.to(x.dtype) for c in columns))
+
     functions = {
-        "definition": of(add_norm_ref),
+        "definition": definition,
         "torch": of(TORCH.add_norm),
         "ours": of(kernel("add_norm")),
     }
     row = 2 * T * C
     moved = {"forward": 4 * row, "backward": 5 * row}
-    return differentiable("add_norm", f"{T} x {C} bf16", make, functions, moved)
+    shape = f"{T} x {C} bf16, parameters fp32"
+    return differentiable("add_norm", shape, make, functions, moved, dtype=BF16)
 
 
 def bias_gelu(T: int, width: int, device: torch.device) -> list[Case]:
