@@ -39,7 +39,7 @@ SHARES = {  # of the time, where every part takes all of its own
     "kernels": 0.45,
     "finetune": 0.0,
 }
-LINES, WIDTH = 12, 100  # of the log of a part that failed
+LINES, WIDTH = 9, 100  # of the log of a part that failed
 HEADER = ("part", "status", "seconds", "log", "its last line")
 
 
@@ -187,14 +187,14 @@ def kernel_line(case: tuple, rows: list[dict]) -> str:
         return f"{title:<64}{status:>9}{peer_ms:>9}{'-':>7}  {name}"
     ratio = f"{mine['ratio_to_best_peer']:.2f}" if best else "-"
     met = {True: ", target met", False: ", target MISSED", None: ""}[mine["target_met"]]
-    note = f"{name}; {mine['of_copy']:.0%} of a copy's rate{met}"
+    note = f"{name}; {mine['of_copy']:.0%} of copy{met}"
     return f"{title:<64}{mine['p50']:>9.4f}{peer_ms:>9}{ratio:>7}  {note}"
 
 
 def report(results: list[Result], out: Path) -> str:
     """The kernels, the parts, and the ends of the logs of those that failed."""
     rows = [HEADER]
-    rows += [(r.part, r.status, f"{r.seconds:.0f}", r.log, r.last[:WIDTH]) for r in results]
+    rows += [(r.part, r.status, f"{r.seconds:.0f}", r.log, r.last[:70]) for r in results]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
     lines = [*kernel_lines(out / "kernels.jsonl"), ""]
     for *cells, last in rows:

@@ -7,6 +7,7 @@ inputs makes copies of its own.
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -126,7 +127,8 @@ def cast(upstream, results) -> list[Tensor]:
 
 
 def kernel(file: str, name: str | None = None) -> Callable:
-    """Ours: a function of minift.kernels, looked up when it is first called."""
+    """Ours: a function of minift.kernels, looked up when it is first called. Its first argument
+    is a tensor or a tuple of them; on a CPU it needs triton's interpreter."""
 
     @functools.cache
     def find():
@@ -135,7 +137,14 @@ def kernel(file: str, name: str | None = None) -> Callable:
         except AttributeError:
             raise Absent(f"minift.kernels.{file} has no {name or file}") from None
 
-    return lambda *args, **kwargs: find()(*args, **kwargs)
+    def call(*args, **kwargs):
+        found = find()
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        if not first.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            raise Absent("needs a GPU")
+        return found(*args, **kwargs)
+
+    return call
 
 
 def compiled(fn: Callable) -> Callable:

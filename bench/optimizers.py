@@ -1,6 +1,7 @@
 """What is timed of AdamW: a step with clipping over all tensors of a model, in fp32, and in bf16
-over fp32 masters. The learning rate is large so that bf16 shows a step, and so is eps: then the
-result tells whether the gradient was clipped, to which AdamW is otherwise blind."""
+over fp32 masters. The learning rate is large so that bf16 shows a step, gradients have a norm of 2
+and are clipped to 1, and eps is as large as a gradient: then the result tells whether there was
+clipping, to which AdamW is otherwise blind."""
 
 import math
 from collections.abc import Callable
@@ -12,8 +13,6 @@ from bench.measure import Run
 from bench.operations import BF16, FP32, Absent, Case, Inputs, copied, generator, kernel, normal
 from minift.kernels.adamw import adamw_ref
 
-BETAS = (0.9, 0.999)
-OPTIONS = {"lr": 1e-2, "betas": BETAS, "eps": 1e-4, "weight_decay": 0.1}
 MAX_NORM = 1.0
 
 
@@ -52,7 +51,8 @@ def adamw(
     def make() -> Inputs:
         g = generator(device)
         parameters = tuple(normal(g, shape, dtype, 0.02) for shape in shapes)
-        return Inputs(parameters, tuple(normal(g, shape, dtype, 0.01) for shape in shapes))
+        scale = 2 / math.sqrt(n)
+        return Inputs(parameters, tuple(normal(g, shape, dtype, scale) for shape in shapes))
 
     ways = {
         "definition": by_definition,
@@ -68,6 +68,12 @@ def adamw(
     return Case("adamw", shape, "step", make, ways, moved, target_ms=target_ms or {}, calls=2)
 
 
+def options(inputs: Inputs) -> dict:
+    """Of the optimizer, for these parameters."""
+    eps = 1 / math.sqrt(sum(p.numel() for p in inputs.leaves))
+    return {"lr": 1e-2, "betas": (0.9, 0.999), "eps": eps, "weight_decay": 0.1}
+
+
 def by_definition(inputs: Inputs) -> Run:
     """`adamw_ref` of each tensor, in fp32 or wider."""
     parameters, grads = (tuple(map(copied, part)) for part in (inputs.leaves, inputs.upstream))
@@ -81,7 +87,7 @@ def by_definition(inputs: Inputs) -> Run:
         total = sum(wide(g).square().sum() for g in grads).sqrt()
         factor = (MAX_NORM / (total + 1e-6)).clamp(max=1.0)
         for p, w, g, (m, v) in zip(parameters, masters, grads, moments, strict=True):
-            new = adamw_ref(w, wide(g) * factor, m, v, steps, **OPTIONS)
+            new = adamw_ref(w, wide(g) * factor, m, v, steps, **options(inputs))
             for old, value in zip((w, m, v), new, strict=True):
                 old.copy_(value)
             p.copy_(w)
@@ -105,7 +111,7 @@ def by_torch(compile: bool = False, **kind: bool) -> Callable[[Inputs], Run]:
         for w in masters:
             w.grad = torch.empty_like(w)
         capturable = parameters[0].is_cuda
-        optimizer = torch.optim.AdamW(masters, **OPTIONS, **kind, capturable=capturable)
+        optimizer = torch.optim.AdamW(masters, **options(inputs), **kind, capturable=capturable)
         step = torch.compile(optimizer.step, fullgraph=False) if compile else optimizer.step
         grads = [w.grad for w in masters]
 
@@ -139,7 +145,7 @@ def ours(inputs: Inputs) -> Run:
     parameters = tuple(copied(p).requires_grad_() for p in inputs.leaves)
     for p, g in zip(parameters, inputs.upstream, strict=True):
         p.grad = g.clone()
-    optimizer = kernel("adamw", "AdamW")(parameters, **OPTIONS, max_grad_norm=MAX_NORM)
+    optimizer = kernel("adamw", "AdamW")(parameters, **options(inputs), max_grad_norm=MAX_NORM)
 
     def call():
         optimizer.step()
