@@ -4,7 +4,8 @@
     python -m bench.kernels --quick --device cpu
 
 A contender is held to the definition in fp64 first: at most twice the error of the definition in
-the same dtype, plus one unit in the last place. One that is wrong is reported and not timed.
+the same dtype, plus one unit in the last place. One that is wrong is reported and not timed; a peer
+may have ten times that error and is timed with a note.
 
 The floor is the time in which the bytes (or flops) that a case must move pass at the ceiling:
 "of 4.8" is the share of that rate that a contender reaches at the nominal bandwidth, "of copy" at
@@ -36,6 +37,7 @@ from bench.operations import BF16, FP32, Absent, Case, Inputs
 RESULTS = ROOT / "bench" / "results" / "kernels.jsonl"
 SPEED = {"blocks": 5, "runs": 20, "block_ms": 50.0}
 QUICK = {"blocks": 2, "runs": 3, "block_ms": 5.0}
+PEER_ERROR = 10.0  # over the allowed one
 COLUMNS = f"  {'':<14}{'ms':>9} {'20 .. 80 %':>18}{'of 4.8':>8}{'of copy':>8}{'x best':>8}"
 
 
@@ -145,9 +147,16 @@ def check(case: Case, inputs: Inputs) -> dict[str, Verdict]:
         except Exception as failure:  # a peer may raise anything; the others are still wanted
             verdicts[name] = Verdict("failed", one_line(failure))
         else:
-            reason = "" if error <= 1 else f"error {error:.2f} of what is allowed"
-            verdicts[name] = Verdict("wrong" if error > 1 else "right", reason, finite(error))
+            verdicts[name] = judged(name, error)
     return verdicts
+
+
+def judged(name: str, error: float) -> Verdict:
+    """Ours is wrong above 1. A peer that only rounds worse is timed all the same, with a note:
+    leaving it out would flatter us."""
+    reason = "" if error <= 1 else f"error {error:.2f} of what is allowed"
+    right = error <= (1 if name == "ours" else PEER_ERROR)
+    return Verdict("right" if right else "wrong", reason, finite(error))
 
 
 def finite(x: float | None) -> float | None:
@@ -237,7 +246,8 @@ def line(row: dict) -> str:
     spread = f"{row['p20']:.4f} .. {row['p80']:.4f}"
     nominal = f"{row['of_nominal']:.0%}" if row["of_nominal"] else "-"
     ratio = f"{row['ratio_to_best_peer']:.2f}" if row["ratio_to_best_peer"] else "-"
-    notes = ["" if row["graph"] or row["eager_because"] == "on a CPU" else row["eager_because"]]
+    eager = "" if row["graph"] or row["eager_because"] == "on a CPU" else row["eager_because"]
+    notes = [row["reason"], eager]
     if row["thrown_away"]:
         notes.append(f"{row['thrown_away']} of {row['blocks']} blocks thrown away")
     if not row["trusted"]:

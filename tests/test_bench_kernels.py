@@ -36,8 +36,8 @@ def test_every_contender_is_right_or_says_why_it_is_absent(case):
         assert name not in ("definition", "torch", "torch fused") or verdict.status == "right"
 
 
-def altered(case: Case, way, name="altered") -> Verdict:
-    """What becomes of a contender."""
+def altered(case: Case, way, name="ours") -> Verdict:
+    """What becomes of a contender that computes so."""
     changed = Case(**{**vars(case), "ways": {"definition": case.ways["definition"], name: way}})
     return check(changed, changed.inputs())[name]
 
@@ -108,6 +108,15 @@ def test_allowed_is_twice_the_error_of_the_definition_and_one_ulp():
     assert worst_error([exact.float() + ulp], [exact.float()], [exact]) == pytest.approx(1)
     assert worst_error([exact.float() + ulp], [exact.float()], [exact], BF16) < 1e-4
     assert worst_error([exact * 0], [exact * 0], [exact * 0]) == 0.0
+
+
+def test_a_peer_that_rounds_worse_is_timed_with_a_note():
+    """Ten times the allowed error; ours may have none of that."""
+    assert kernels.judged("ours", 1.0).status == kernels.judged("torch", 9.0).status == "right"
+    assert kernels.judged("ours", 1.01).status == kernels.judged("torch", 10.1).status == "wrong"
+    assert kernels.judged("torch", math.inf).status == "wrong"
+    found = {"torch": (kernels.judged("torch", 9.0), timing(0.4))}
+    assert "error 9.00 of what is allowed" in table(list(rows_of(CASE, found, H200, "")))
 
 
 def in_place(logits, target, row_scale):
