@@ -167,12 +167,18 @@ def finite(x: float | None) -> float | None:
 # ------------------------------------------------------------------- timing
 
 
-def run_case(case: Case, device: torch.device, speed: dict) -> dict[str, tuple[Verdict, Timing]]:
+def run_case(
+    case: Case, device: torch.device, speed: dict
+) -> dict[str, tuple[Verdict, Timing | None]]:
     """Checks all contenders, then times those that are right; not ours in the interpreter."""
     if any("compile" in name for name in case.ways):
         torch.compiler.reset()  # of one shape only: past 8 it would not compile any more
-    inputs = case.inputs()
-    verdicts = check(case, inputs)
+    try:
+        inputs = case.inputs()
+        verdicts = check(case, inputs)
+    except Exception as error:  # such as no memory for fp64; other cases are smaller
+        verdict = Verdict("failed", f"definition: {one_line(error)}")
+        return dict.fromkeys(case.ways, (verdict, None))
     copies = [inputs, *(inputs.copy() for _ in range(case.copies - 1))]
 
     def make(way, i: int) -> Run:

@@ -231,9 +231,9 @@ class CudaTimer:
         self.matrix = torch.randn(4096, 4096, dtype=torch.bfloat16, device=device)
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
-        torch.cuda.synchronize()
 
     def session(self) -> AbstractContextManager:
+        torch.cuda.synchronize()  # what was made so far was made on another stream
         return torch.cuda.stream(self.stream)
 
     def prepare(self, make: Callable[[int], Run], copies: int) -> Prepared:
@@ -345,7 +345,8 @@ def gpu_facts() -> dict:
         done = subprocess.run(query, capture_output=True, text=True)
         clock, comma, driver = done.stdout.split("\n")[0].partition(", ")
         if comma and not done.returncode:
-            facts |= {"sm_mhz": clock.removesuffix(" MHz"), "driver": driver.strip()}
+            mhz = clock.removesuffix(" MHz")
+            facts |= {"sm_mhz": int(mhz) if mhz.isdigit() else None, "driver": driver.strip()}
     return facts
 
 

@@ -99,6 +99,19 @@ def test_one_that_raises_and_one_that_is_absent_are_told_apart():
     assert altered(case, forward(lambda x, b: x[:3])).status == "wrong"  # another shape
 
 
+def test_a_case_whose_definition_fails_stops_no_other(monkeypatch):
+    """Say for want of memory: then nobody can be judged."""
+    case = case_of("bias_gelu", "forward")
+    monkeypatch.setitem(case.ways, "definition", lambda inputs: 1 / 0)
+    found = kernels.run_case(case, CPU, kernels.QUICK)
+    assert found.keys() == case.ways.keys()
+    for verdict, took in found.values():
+        assert (verdict.status, took) == ("failed", None)
+        assert verdict.reason == "definition: ZeroDivisionError: division by zero"
+    rows = list(rows_of(case, found, H200, ""))
+    assert summarise(rows)["failed"] == len(rows)
+
+
 def test_allowed_is_twice_the_error_of_the_definition_and_one_ulp():
     exact = torch.tensor([1.0, -4.0], dtype=torch.float64)
     same = (exact + torch.tensor([0.01, 0.0])).float()
