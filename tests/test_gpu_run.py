@@ -44,14 +44,17 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path, monkeypat
     assert "kernels failed" not in text
 
 
-def test_what_a_part_started_ends_with_it(tmp_path):
-    """A process of its own that would write a file a second later."""
+@pytest.mark.parametrize("waits", [True, False], ids=["timed out", "ok"])
+def test_what_a_part_started_ends_with_it(waits, tmp_path):
+    """A process in a group of its own, that would write a file a second later."""
     late = tmp_path / "late"
     child = f"import time; time.sleep(1.5); open({str(late)!r}, 'w')"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    result = run_part("smoke", python(code), 0.5, tmp_path)
-    assert result.status == "timed out"
-    assert result.seconds < 1.4
+    code = f"""if True:
+        import subprocess, sys, time
+        subprocess.Popen([sys.executable, "-c", {child!r}], process_group=0)
+        time.sleep(60 * {waits})"""
+    result = run_part("smoke", python(code), 0.5 if waits else 60, tmp_path)
+    assert result.status == ("timed out" if waits else "ok")
     time.sleep(1.6)
     assert not late.exists()
 
