@@ -44,6 +44,7 @@ def adamw_ref(
 # ----------------------------------------------------------------- optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+EMPTY = 16  # for the address of a tensor without elements: any but 0 will do
 NOTHING = (0,) * (KIND.value + 1)  # a parameter without a gradient
 
 
@@ -133,7 +134,7 @@ class AdamW(torch.optim.Optimizer):
                 self._copy_rates()
             else:
                 table.reserve()
-                self.sync_groups()
+                self._upload_groups()
             rows, alive = self._rows(table, grads, capturing)
             self._launch(rows)
         del alive  # copies of gradients: they had to live until the launch
@@ -150,7 +151,7 @@ class AdamW(torch.optim.Optimizer):
                 self._complete_state(p)
         table.reserve()
         with torch.cuda.device_of(self.skipped):
-            self.sync_groups()
+            self._upload_groups()
             table.write([NOTHING] * len(table.params))
             self._launch(table.rows)
 
@@ -161,6 +162,9 @@ class AdamW(torch.optim.Optimizer):
         `step` does it by itself; a captured one cannot: call this before a replay, never inside.
         """
         self._current_table()
+        self._upload_groups()
+
+    def _upload_groups(self):
         values = [_group_values(group, self.skipped.device) for group in self.param_groups]
         if values != self._values:
             new = upload(torch.tensor(values, dtype=torch.float64), self.skipped.device)
@@ -247,20 +251,22 @@ class AdamW(torch.optim.Optimizer):
                 row[LR.value].copy_(group["lr"].reshape(()))
 
     def _key(self, table, grads):
-        """What the table was made from; None: it cannot be told from addresses."""
+        """What the table depends on, gradients' addresses apart; None: addresses do not tell."""
+        kept = (t for state in self.state.values() for t in state.values())
         try:
             return (
-                [p.data_ptr() for p in table.params],
-                [g if g is None else (g.data_ptr(), g.stride()) for g in grads],
-                [t.data_ptr() for state in self.state.values() for t in state.values()],
+                [None if g is None else g.stride() for g in grads],
+                list(map(Tensor.data_ptr, table.params)),
+                list(map(Tensor.data_ptr, kept)),
             )
-        except (AttributeError, RuntimeError):  # of what is no tensor, of a sparse one
+        except (TypeError, RuntimeError):  # of what is no tensor, of a sparse one
             return None
 
     def _rows(self, table, grads, capturing):
         """The table with its addresses, and the tensors that they name."""
         key = self._key(table, grads)
         if not capturing and key is not None and key == table.key:
+            table.write_grads([0 if g is None else g.data_ptr() or EMPTY for g in grads])
             return table.rows, []
         addresses, alive, exact = [], [], True
         for p, g in zip(table.params, grads, strict=True):
@@ -273,9 +279,7 @@ class AdamW(torch.optim.Optimizer):
             named = (p, _gradient(p, g), *(state[name] for name in MOMENTS), master, state["step"])
             exact = exact and named[1] is g and local(p) is p
             named = [local(t) for t in named]
-            # The gradient of an empty parameter has no address: any but 0 will do.
-            row = [t.data_ptr() or 16 for t in named]
-            addresses.append((*row, KINDS[p.dtype]))
+            addresses.append((*(t.data_ptr() or EMPTY for t in named), KINDS[p.dtype]))
             alive += named
         if capturing:
             return table.write_captured(addresses, alive), alive
@@ -360,7 +364,8 @@ def _check_group(group, device):
 
 def _check_param(p, device):
     """That a kernel can read and write it where it lies. Also for gradients."""
-    if p.device != device or not (device.type == "cuda" or triton.knobs.runtime.interpret):
+    runs_on = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
+    if p.device != device or device.type not in runs_on:
         raise ValueError(
             f"expected parameters on one GPU, got one on {p.device}: use torch.optim.AdamW"
         )

@@ -66,8 +66,15 @@ class ParamTable:
 
     def write(self, addresses: list[tuple[int, ...]]) -> None:
         """Puts new addresses into `rows`: for each parameter the columns WEIGHT to KIND."""
-        self.key = None
-        self.rows.copy_(upload(self._host(addresses), self.device), non_blocking=True)
+        self.key, self._written = None, self._host(addresses)
+        self.rows.copy_(upload(self._written, self.device), non_blocking=True)
+
+    def write_grads(self, addresses: list[int]) -> None:
+        """Puts other addresses into the column GRAD, if they are others."""
+        column = torch.tensor(addresses, dtype=torch.int64)
+        if not torch.equal(column, self._written[:, GRAD.value]):
+            self._written[:, GRAD.value] = column
+            self.rows.copy_(upload(self._written, self.device), non_blocking=True)
 
     def reserve(self) -> None:
         """Makes room for captures. Not in a capture, where memory is not ours to take."""
