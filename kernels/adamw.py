@@ -43,7 +43,7 @@ def adamw_ref(
 
 # ----------------------------------------------------------------- optimizer
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STATE = ("exp_avg", "exp_avg_sq", "step")
 EMPTY = 16  # for the address of a tensor without elements: any but 0 will do
 NOTHING = (0,) * (KIND.value + 1)  # a parameter without a gradient
 
@@ -135,9 +135,9 @@ class AdamW(torch.optim.Optimizer):
             else:
                 table.reserve()
                 self._upload_groups()
-            rows, alive = self._rows(table, grads, capturing)
+            rows, read = self._rows(table, grads, capturing)
             self._launch(rows)
-        del alive  # copies of gradients: they had to live until the launch
+        del read  # copies, where a gradient could not be read as it was
         moved = [p for p, g in zip(table.params, grads, strict=True) if g is not None]
         torch.autograd.graph.increment_version(moved)
         return loss
@@ -222,9 +222,9 @@ class AdamW(torch.optim.Optimizer):
             p = by_id[i]
             there = before.get(p, {})
             for name, value in values.items():
-                if name in (*MOMENTS, "step") or (name == "master" and p.dtype != torch.float32):
-                    new = _zeros(p, name) if name not in there else there[name]
-                    self.state[p][name] = new.copy_(torch.as_tensor(value))
+                if name in _names(p):
+                    kept = there[name] if name in there else _new(p, name)
+                    self.state[p][name] = kept.copy_(torch.as_tensor(value))
 
     def _current_table(self, capturing=False):
         """The table of the parameters as they stand in the groups."""
@@ -263,45 +263,48 @@ class AdamW(torch.optim.Optimizer):
             return None
 
     def _rows(self, table, grads, capturing):
-        """The table with its addresses, and the tensors that they name."""
+        """The table with its addresses, and the gradients that must live until the launch."""
         key = self._key(table, grads)
         if not capturing and key is not None and key == table.key:
             table.write_grads([0 if g is None else g.data_ptr() or EMPTY for g in grads])
             return table.rows, []
-        addresses, alive, exact = [], [], True
+        addresses, read, kept = [], [], []
         for p, g in zip(table.params, grads, strict=True):
             if g is None:
                 addresses.append(NOTHING)
                 continue
             _check_param(p, self.skipped.device)
+            read.append(_gradient(p, g))
             state = self._complete_state(p, capturing)
-            master = p if p.dtype == torch.float32 else state["master"]
-            named = (p, _gradient(p, g), *(state[name] for name in MOMENTS), master, state["step"])
-            exact = exact and named[1] is g and local(p) is p
-            named = [local(t) for t in named]
+            mean, square, step, *master = (state[name] for name in _names(p))
+            written = [p, mean, square, *(master or [p]), step]
+            weight, *others = map(local, written)
+            named = (weight, read[-1], *others)
             addresses.append((*(t.data_ptr() or EMPTY for t in named), KINDS[p.dtype]))
-            alive += named
+            kept += written
         if capturing:
-            return table.write_captured(addresses, alive), alive
+            return table.write_captured(addresses, kept), read
         table.write(addresses)
-        table.key = self._key(table, grads) if exact else None
-        return table.rows, alive
+        present = (g for g in grads if g is not None)
+        if all(a is b for a, b in zip(read, present, strict=True)):  # no copies, no shards
+            table.key = self._key(table, grads)
+        return table.rows, read
 
     def _complete_state(self, p, capturing=False):
         """The state of `p`; what is missing is made, what came in another form is converted."""
         state = self.state[p]
-        names = (*MOMENTS, "step") if p.dtype == torch.float32 else (*MOMENTS, "step", "master")
-        if capturing and not all(name in state for name in names):
-            raise RuntimeError("expected state made before the capture: call prepare() first")
-        for name in names:
-            if name not in state:
-                state[name] = _zeros(p, name)
-                if name == "master":
-                    state[name] = self._masters.get(p, state[name].copy_(p))
+        for name in _names(p):
+            there = state.get(name)
+            if there is None:
+                given = self._masters.get(p) if name == "master" else None
+                fits = _new(p, name) if given is None else given
             elif name == "step":
-                state[name] = torch.as_tensor(state[name], dtype=torch.float32, device=p.device)
+                fits = torch.as_tensor(there, dtype=torch.float32, device=p.device)
             else:
-                state[name] = like(p, state[name])
+                fits = like(p, there)
+            if fits is not there and capturing:  # a replay would make it again
+                raise RuntimeError("expected state made before the capture: call prepare() first")
+            state[name] = fits
         return state
 
     def _launch(self, rows):
@@ -398,11 +401,18 @@ def _gradient(p, g):
     return g if same_order(p, g) else torch.empty_like(p).copy_(g)
 
 
-def _zeros(p, name):
-    """A new tensor of the state of `p`."""
+def _names(p):
+    """What is kept of a parameter."""
+    return STATE if p.dtype == torch.float32 else (*STATE, "master")
+
+
+def _new(p, name):
+    """A tensor of the state of `p` as it is before the first step."""
     if name == "step":
         return torch.zeros((), dtype=torch.float32, device=p.device)
-    return torch.zeros_like(p, dtype=torch.float32, requires_grad=False)
+    if name == "master":
+        return torch.empty_like(p, dtype=torch.float32).copy_(p)
+    return torch.zeros_like(p, dtype=torch.float32)
 
 
 def _is_on_device(lr, device):

@@ -1,0 +1,148 @@
+"""kernels/adamw_step.py: how often it is launched and compiled, and what it leaves alone."""
+
+import pytest
+import torch
+from accuracy import DEVICE
+from launches import compilations, recorded
+
+from minift.kernels.adamw import AdamW, grad_norm
+from minift.kernels.adamw_step import LAUNCHES, SCALARS, launch_step
+from minift.kernels.param_table import BLOCK, KINDS, ParamTable
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def stepped(sizes, dtypes, steps=1, **options):
+    """The launches of some steps of parameters of these sizes."""
+    torch.manual_seed(0)
+    parameters = [
+        torch.randn(n, device=DEVICE).to(dtype).requires_grad_()
+        for n, dtype in zip(sizes, dtypes, strict=True)
+    ]
+    optimizer = AdamW(parameters, **options)
+    with recorded(run=False) as seen:
+        for k in range(steps):
+            optimizer.param_groups[0]["lr"] = 0.1 / (k + 1)
+            for p in parameters:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+    return seen
+
+
+def names(launches):
+    return [launch.kernel for launch in launches]
+
+
+def test_two_launches_a_step_and_three_to_clip():
+    """Whatever the number of parameters, groups and dtypes."""
+    assert names(stepped([5, 3000, 7], DTYPES)) == ["scalars_kernel", "update_kernel"]
+    clipped = stepped([5, 3000, 7], DTYPES, max_grad_norm=1.0)
+    assert names(clipped) == ["sum_kernel", "scalars_kernel", "update_kernel"]
+    assert [launch.grid for launch in clipped] == [(4,), (1,), (4,)]
+
+
+def test_the_norm_is_two_launches():
+    p = torch.zeros(3000, device=DEVICE, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    with recorded(run=False) as seen:
+        grad_norm([p])
+    assert names(seen) == ["sum_kernel", "scalars_kernel"]
+
+
+def test_nothing_is_compiled_for_a_size_a_rate_or_a_number_of_parameters():
+    """Nor for a dtype: one binary of each kernel."""
+    seen = [
+        launch
+        for sizes in ([1], [16], [5, 3000], [2048] * 3, [7] * 17)
+        for dtype in DTYPES
+        for launch in stepped(sizes, [dtype] * len(sizes), steps=2, max_grad_norm=0.5)
+    ]
+    assert compilations(seen) == 3
+
+
+def test_launches_are_those_that_are_declared():
+    """Specialised as the compiler will see them."""
+    p = torch.zeros(3000, device=DEVICE, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    seen = stepped([3000], [torch.float32]) + stepped([3000], [torch.bfloat16], max_grad_norm=1.0)
+    with recorded(run=False) as norm:
+        grad_norm([p])
+
+    def words(name, types, constexprs, options):
+        return name, types, tuple(sorted(constexprs.items())), tuple(sorted(options.items()))
+
+    declared = {words(x.kernel.fn.__name__, x.types, x.constexprs, x.options) for x in LAUNCHES}
+    launched = {words(x.kernel, x.types, dict(x.constexprs), dict(x.options)) for x in seen + norm}
+    assert launched == declared
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_every_size_and_address_and_nothing_beside_it(dtype, offset):
+    """Views into one buffer of NaN: sizes about a chunk, at addresses full of 16 bytes and not.
+
+    All elements take the same step: of lr against a gradient of 1. What lies between stays NaN.
+    """
+    sizes = [0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1]
+    buffer = torch.full((4 * BLOCK + 64 * len(sizes),), torch.nan, dtype=dtype, device=DEVICE)
+    views, at = [], 0
+    for n in sizes:
+        at = (at + 8 + 7) // 8 * 8 + offset
+        views.append(buffer[at : at + n])
+        at += n
+    inside = torch.zeros_like(buffer, dtype=torch.bool)
+    for view in views:
+        view.fill_(1.0)
+        start = view.storage_offset()
+        inside[start : start + len(view)] = True
+    aligned = [view.data_ptr() % 16 == 0 for view in views if len(view)]
+    assert all(aligned) if offset == 0 else not any(aligned)
+    parameters = [view.requires_grad_() for view in (v.detach() for v in views)]
+    optimizer = AdamW(parameters, lr=0.5, weight_decay=0.0, max_grad_norm=float("inf"))
+    gradients = buffer.new_full((sum(sizes) + 8,), 1.0)
+    for p, start in zip(parameters, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False):
+        p.grad = gradients[start + offset :][: p.numel()]
+    optimizer.step()
+    assert buffer[~inside].isnan().all()
+    torch.testing.assert_close(buffer[inside], torch.full_like(buffer[inside], 0.5))
+    assert torch.equal(gradients, torch.ones_like(gradients))
+    assert optimizer.grad_norm.item() == pytest.approx(sum(sizes) ** 0.5)
+    assert [optimizer.state[p]["step"].item() for p in parameters] == [1.0] * len(sizes)
+
+
+def test_more_parameters_than_one_block_of_them():
+    """The one program goes over them in blocks: all step, those without a gradient do not."""
+    parameters = [torch.ones(1, device=DEVICE) for _ in range(1030)]
+    table = ParamTable(parameters, [0] * len(parameters), torch.device(DEVICE))
+    steps = torch.zeros(len(parameters), device=DEVICE)
+    table.write([
+        (0, i % 2, 0, 0, 0, steps.data_ptr() + 4 * i, KINDS[torch.float32])
+        for i in range(len(parameters))
+    ])  # fmt: skip
+    table.chunks = 0  # the update has nothing to do
+    groups = torch.tensor([[0.5, 0.9, 0.99, 1e-8, 0.1, -1.0]], dtype=torch.float64, device=DEVICE)
+    scalars = torch.full((len(parameters), SCALARS.value), torch.nan, device=DEVICE)
+    launch_step(table, table.rows, groups, scalars, None, None, None)
+    odd = torch.arange(len(parameters), device=DEVICE) % 2 == 1
+    assert torch.equal(steps, odd.float())
+    expected = torch.tensor([-1.0, 0.1, 0.01, 0.5 / 0.1, 1 / 0.01**0.5, 1e-8, 0.05, 0.0])
+    torch.testing.assert_close(scalars[odd], expected.to(DEVICE).expand(515, -1))
+    assert (scalars[~odd, -1] == 1).all()
+
+
+@pytest.mark.parametrize("step", [1, 2, 1000, 10**6])
+def test_bias_corrections_keep_every_digit(step):
+    """1 - 0.999^k through fp32 would lose four digits at k = 1; a billionth stays a billionth."""
+    p = torch.ones(1, device=DEVICE)
+    steps = torch.tensor([float(step - 1)], device=DEVICE)
+    table = ParamTable([p], [0], torch.device(DEVICE))
+    table.write([(0, 16, 0, 0, 0, steps.data_ptr(), 0)])
+    table.chunks = 0
+    groups = torch.tensor([[1e-9, 0.9, 0.999, 0.0, 1e-2, 1.0]], dtype=torch.float64, device=DEVICE)
+    scalars = torch.zeros(1, SCALARS.value, device=DEVICE)
+    launch_step(table, table.rows, groups, scalars, None, None, None)
+    _, _, _, rate, root, _, decay, _ = scalars[0].double().tolist()
+    half_ulp = 2.0**-24
+    assert rate == pytest.approx(1e-9 / (1 - 0.9**step), rel=half_ulp)
+    assert root == pytest.approx((1 - 0.999**step) ** -0.5, rel=half_ulp)
+    assert decay == pytest.approx(1e-11, rel=half_ulp)
