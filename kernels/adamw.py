@@ -230,7 +230,7 @@ class AdamW(torch.optim.Optimizer):
         """The table of the parameters as they stand in the groups."""
         params = [p for group in self.param_groups for p in group["params"]]
         sizes = [len(group["params"]) for group in self.param_groups]
-        owned = (sizes, [(id(p), p.numel()) for p in params])
+        owned = sizes, list(map(id, params)), list(map(Tensor.numel, params))
         if self._table is None or owned != self._owned:
             if capturing:
                 raise RuntimeError("expected the parameters of the last step: call prepare() first")

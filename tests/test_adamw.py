@@ -470,8 +470,8 @@ def test_clipping_is_torchs():
     shapes = [(50,), (7, 3)]
     sets = [parameters_of(shapes) for _ in range(3)]
     sets[2] = [p.detach().double().requires_grad_() for p in sets[2]]
-    ours = AdamW(sets[0], max_grad_norm=8.0, eps=1.0)
-    others = [torch.optim.AdamW(parameters, eps=1.0) for parameters in sets[1:]]
+    ours = AdamW(sets[0], max_grad_norm=8.0, lr=0.5, eps=1.0)
+    others = [torch.optim.AdamW(parameters, lr=0.5, eps=1.0) for parameters in sets[1:]]
     norms = []
     for k in range(4):
         for parameters in sets:
