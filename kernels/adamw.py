@@ -224,7 +224,8 @@ class AdamW(torch.optim.Optimizer):
             for name, value in values.items():
                 if name in _names(p):
                     kept = there[name] if name in there else _new(p, name)
-                    self.state[p][name] = kept.copy_(torch.as_tensor(value))
+                    value = torch.as_tensor(value) if name == "step" else like(p, value)
+                    self.state[p][name] = kept.copy_(value)
 
     def _current_table(self, capturing=False):
         """The table of the parameters as they stand in the groups."""

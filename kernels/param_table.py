@@ -143,7 +143,14 @@ def same_order(a: Tensor, b: Tensor) -> bool:
 
 
 def like(param: Tensor, value: Tensor) -> Tensor:
-    """`value` in fp32, on the device and in the order of `param`: itself where it is that."""
+    """`value` in fp32, on the device and in the order of `param`: itself where it is that.
+
+    Raises:
+        ValueError: it has another shape.
+    """
+    if value.shape != param.shape:
+        wanted, got = tuple(param.shape), tuple(value.shape)
+        raise ValueError(f"expected a tensor of the parameter's shape {wanted}, got {got}")
     here, there = local(param), local(value)
     fits = (there.dtype, there.device) == (torch.float32, here.device) and same_order(here, there)
     return value if fits else torch.empty_like(param, dtype=torch.float32).copy_(value)

@@ -272,6 +272,8 @@ def test_masters_are_adopted(dtype):
         AdamW([p], masters={p: master.double()})
     with pytest.raises(ValueError, match="expected fp32 masters"):
         AdamW([wide], masters={wide: master})
+    with pytest.raises(ValueError, match="the parameter's shape"):
+        AdamW([p], masters={p: master[:3]})
 
 
 def grouped(parameters):
@@ -380,6 +382,13 @@ def test_state_put_in_by_hand_is_used():
     run(twin, twins, range(2, 3))
     assert torch.equal(parameters[0], twins[0])
     assert_same_bits(flat_state(optimizer), flat_state(twin))
+    twin.state[twins[0]]["exp_avg"] = torch.zeros(4, device=DEVICE)
+    with pytest.raises(ValueError, match="the parameter's shape"):
+        run(twin, twins, range(3, 4))
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="the parameter's shape"):
+        optimizer.load_state_dict(saved)
 
 
 def test_without_a_gradient_nothing_moves():
