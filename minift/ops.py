@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 import torch
 
 from . import torch_ops
+from .kernels.adamw import AdamW
 from .kernels.add_norm import Norm
 from .kernels.cross_entropy import IGNORE_INDEX, TargetReport, cross_entropy
 from .kernels.dropout import Draw, Dropout, draw_dropout
 from .kernels.layout import Layout
+from .torch_ops import clip_in_step
 
 __all__ = [
     "IGNORE_INDEX",
@@ -28,6 +30,7 @@ __all__ = [
     "Norm",
     "Ops",
     "TargetReport",
+    "clip_in_step",
     "ops_for",
 ]
 
@@ -43,11 +46,11 @@ class Ops:
     embed: Callable
     drop: Callable
     cross_entropy: Callable
-    adamw: Callable  # (parameter groups, betas, eps) -> torch.optim.Optimizer
+    adamw: Callable  # -> a torch.optim.Optimizer whose step clips: grad_norm, skipped
 
 
-def _torch_adamw(groups, betas, eps):
-    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
+def _adamw(groups, betas, eps, max_grad_norm):
+    return AdamW(groups, betas=betas, eps=eps, max_grad_norm=max_grad_norm)
 
 
 TORCH = Ops(
@@ -58,11 +61,11 @@ TORCH = Ops(
     embed=torch_ops.embed,
     drop=torch_ops.drop,
     cross_entropy=torch_ops.cross_entropy,
-    adamw=_torch_adamw,
+    adamw=torch_ops.adamw,
 )
 
 # Operations without a kernel are torch's.
-TRITON = replace(TORCH, cross_entropy=cross_entropy)
+TRITON = replace(TORCH, cross_entropy=cross_entropy, adamw=_adamw)
 
 TABLES = {"torch": TORCH, "triton": TRITON}
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from .config import TrainConfig
 from .methods import ParamGroup
-from .ops import Ops
+from .ops import Ops, clip_in_step
 
 
 def schedule(step: int, total: int, config: TrainConfig) -> float:
@@ -37,7 +37,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer over the trained rows of the table; groups keep their peak rate as `peak_lr`.
 
-    AdamW is that of `ops`; Adam and SGD, which add the decay to the gradient, are torch's.
+    AdamW is that of `ops`; Adam and SGD, which add the decay to the gradient, are torch's. Their
+    `step` clips; then `grad_norm` is the norm before clipping, a () tensor, and `skipped` the
+    number of steps that were not taken because it was not finite.
     """
     parameters = dict(model.named_parameters())
     trained = [
@@ -50,12 +52,15 @@ def make_optimizer(
         for g in groups
         if g.learning_rate
     ]
-    if config.optim == "sgd":
-        return torch.optim.SGD(trained, momentum=config.momentum, fused=True)
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
-    if config.optim == "adam":
-        return torch.optim.Adam(trained, betas=betas, eps=eps, fused=True)
-    return ops.adamw(trained, betas=betas, eps=eps)
+    max_norm = config.max_grad_norm or math.inf
+    if config.optim == "adamw":
+        return ops.adamw(trained, betas, eps, max_norm)
+    if config.optim == "sgd":
+        optimizer = torch.optim.SGD(trained, momentum=config.momentum, fused=True)
+    else:
+        optimizer = torch.optim.Adam(trained, betas=betas, eps=eps, fused=True)
+    return clip_in_step(optimizer, max_norm)
 
 
 def kept(optimizer: torch.optim.Optimizer) -> set[str]:

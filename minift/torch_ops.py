@@ -199,6 +199,9 @@ def embed(
     return drop(y, dropout).to(dtype)
 
 
+# ------------------------------------------------------- the ends of a step
+
+
 def cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -226,3 +229,33 @@ def cross_entropy(
         reduction="none",
         label_smoothing=label_smoothing,
     )
+
+
+def clip_in_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.optim.Optimizer:
+    """The same optimizer of torch, whose step clips first, as that of `minift.kernels.adamw` does.
+
+    `grad_norm` is then () fp32, the norm before clipping. On a CPU a step whose norm is not finite
+    is not taken: it finds no gradients, and `skipped`, () int64, counts it.
+
+    Args:
+        max_grad_norm: gradients of a larger norm are scaled to it.
+    """
+    optimizer.skipped = torch.zeros((), dtype=torch.int64)
+
+    def clip(optimizer, *_):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.grad_norm = norm
+        if norm.device.type == "cpu" and not norm.isfinite():
+            optimizer.skipped += 1
+            optimizer.zero_grad()
+
+    optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
+def adamw(
+    groups: list[dict], betas: tuple[float, float], eps: float, max_grad_norm: float
+) -> torch.optim.Optimizer:
+    """torch's fused AdamW over groups with a rate and a decay each; see `clip_in_step`."""
+    return clip_in_step(torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True), max_grad_norm)

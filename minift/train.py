@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .batch import Batch, Batches, Example
 from .config import TrainConfig
 from .methods import ParamGroup, apply_rules, rules_of
-from .ops import Draw, Ops, ops_for
+from .ops import Draw, Ops, TargetReport, ops_for
 from .optim import make_optimizer, schedule
 from .tasks.classification import Classification
 
@@ -50,24 +50,47 @@ class TrainState:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """One optimizer step that is done. Reading `loss` or `grad_norm` waits for the device."""
+    """One optimizer step that is done. Reading `loss`, `grad_norm` or `skipped` waits for the
+    device; the first two raise Diverged where they are not finite."""
 
     index: int  # steps done, from 1
     total: int  # steps of the whole run
     epoch: float  # passes over the data done
     learning_rate: float  # of the fastest group, in this step
     tokens: int  # real tokens, all of them: nothing is padded
-    examples: int
+    rows: tuple[int, ...]  # of the training data
     loss_tensor: Tensor  # ()
     norm_tensor: Tensor  # () before clipping
+    skipped_tensor: Tensor  # () int64
+    report: TargetReport
+
+    @property
+    def examples(self) -> int:
+        return len(self.rows)
 
     @property
     def loss(self) -> float:
-        return self.loss_tensor.item()
+        return self._finite(self.loss_tensor)
 
     @property
     def grad_norm(self) -> float:
-        return self.norm_tensor.item()
+        return self._finite(self.norm_tensor)
+
+    @property
+    def skipped(self) -> int:
+        """Steps not taken until now, since the norm of their gradients was not finite."""
+        return int(self.skipped_tensor)
+
+    def _finite(self, number: Tensor) -> float:
+        value = number.item()
+        if math.isfinite(value):
+            return value
+        self.report.check()
+        shown = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
+        raise Diverged(
+            f"step {self.index}: loss {self.loss_tensor.item()}, gradient norm "
+            f"{self.norm_tensor.item()}, training rows {shown}: lower learning_rate"
+        )
 
 
 def total_steps(config: TrainConfig, steps_in_epoch: int) -> int:
@@ -95,53 +118,63 @@ def train(
     Args:
         model: with fp32 parameters, on the device to train on.
         batches: examples, or the batches made from them.
-        config: how; default `TrainConfig()`.
+        config: default `TrainConfig()`.
         task: the loss; default, classification by the model's labels.
         state: from an earlier run, to go on after its last step; it is updated with every step.
         ops: table of operations; default, the one for the device.
 
     Raises:
-        Diverged: the loss or a gradient is not finite; the step is not taken.
-        ValueError: there is nothing to train on.
+        Diverged: the loss or a gradient is not finite; the step is not taken. On a GPU, when one
+            of them is read.
+        ValueError: there is nothing to train on, or a target is no label.
     """
     config = config or TrainConfig()
     device = next(model.parameters()).device
     ops, dtype = ops or ops_for(device), compute_dtype(config, device)
-    if not isinstance(batches, Batches):
-        size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-        batches = Batches(batches, size, accumulation, config.seed)
-    if not len(batches):
-        raise ValueError("expected examples to train on, got none")
+    batches = _batches(batches, config)
     task = task or Classification(model.config.labels, None, config.label_smoothing_factor)
     state = state or TrainState.new(model, config, ops)
     total = total_steps(config, len(batches))
-    trained = [p for group in state.optimizer.param_groups for p in group["params"]]
+    optimizer, report = state.optimizer, TargetReport.on(device)
     draw = Draw(torch.tensor(config.seed, device=device), torch.tensor(0, device=device))
     while state.step < total:
         epoch, start = divmod(state.step, len(batches))
         for micro_batches in batches.epoch(epoch, start):
             draw.step.fill_(state.step)
             factor = schedule(state.step, total, config)
-            for group in state.optimizer.param_groups:
+            for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss = gradients(model, micro_batches, task, ops, dtype, draw)
-            norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm or math.inf)
-            _check_finite(loss, norm, state.step + 1, micro_batches)
-            state.optimizer.step()
-            state.optimizer.zero_grad()
-            state.step += 1
-            yield Step(
-                index=state.step,
+            loss = gradients(model, micro_batches, task, ops, dtype, draw, report)
+            optimizer.step()
+            optimizer.zero_grad()
+            step = Step(
+                index=state.step + 1,
                 total=total,
-                epoch=state.step / len(batches),
-                learning_rate=max(group["lr"] for group in state.optimizer.param_groups),
+                epoch=(state.step + 1) / len(batches),
+                learning_rate=max(group["lr"] for group in optimizer.param_groups),
                 tokens=sum(sum(batch.layout.lengths) for batch in micro_batches),
-                examples=sum(len(batch.rows) for batch in micro_batches),
+                rows=tuple(sorted(row for batch in micro_batches for row in batch.rows)),
                 loss_tensor=loss,
-                norm_tensor=norm,
+                norm_tensor=optimizer.grad_norm.clone(),  # the next step writes to it again
+                skipped_tensor=optimizer.skipped,
+                report=report,
             )
+            if device.type == "cpu":  # elsewhere looking would wait for the device
+                step.loss, step.grad_norm  # noqa: B018
+            state.step += 1
+            yield step
             if state.step >= total:
                 break
+
+
+def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches:
+    """The batches, made by the configuration if need be; never none."""
+    if not isinstance(given, Batches):
+        size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+        given = Batches(given, size, accumulation, config.seed)
+    if not len(given):
+        raise ValueError("expected examples to train on, got none")
+    return given
 
 
 def gradients(
@@ -151,8 +184,12 @@ def gradients(
     ops: Ops,
     dtype: torch.dtype,
     draw: Draw,
+    report: TargetReport | None = None,
 ) -> Tensor:
     """Adds the gradients of one optimizer step to the parameters' `grad`.
+
+    Args:
+        report: sees the targets.
 
     Returns:
         () the loss of the step: one mean over all its targets, however they are cut into
@@ -162,19 +199,7 @@ def gradients(
     weight = sum(task.weight(batch) for batch in micro_batches) or 1.0
     for batch in micro_batches:
         batch = batch.to(loss.device)
-        part = task.loss(model(batch, ops, dtype, draw), batch, ops) / weight
+        part = task.loss(model(batch, ops, dtype, draw), batch, ops, report) / weight
         part.backward()
         loss += part.detach()
     return loss
-
-
-def _check_finite(loss: Tensor, norm: Tensor, step: int, micro_batches: list[Batch]) -> None:
-    """Raises Diverged. On a CPU only: elsewhere looking would wait for the device."""
-    if loss.device.type != "cpu" or math.isfinite(loss.item() + norm.item()):
-        return
-    rows = sorted(row for batch in micro_batches for row in batch.rows)
-    shown = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
-    raise Diverged(
-        f"step {step}: loss {loss.item()}, gradient norm {norm.item()}, training rows {shown}: "
-        "lower learning_rate"
-    )

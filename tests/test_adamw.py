@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch.testing._internal.common_optimizers import optim_db
 
 from minift.kernels.adamw import AdamW, adamw_ref, grad_norm
-from minift.ops import TORCH
+from minift.ops import TORCH, TRITON
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -25,6 +26,7 @@ OPTIONS = {
     "eps as large as the gradient": {"lr": 1e-2, "eps": 0.5, "weight_decay": 0.0},
 }
 options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+tables = pytest.mark.parametrize("table", [TORCH, TRITON], ids=["torch", "triton"])
 
 
 def make(dtype, shape=(7, 5)):
@@ -63,14 +65,15 @@ def test_ref_is_torchs_adamw(options):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-13)
 
 
+@tables
 @options
-def test_table_is_as_accurate_as_the_definition(options):
+def test_table_is_as_accurate_as_the_definition(options, table):
     """20 steps in fp32, as parameters are held."""
     w, gradients = make(torch.float32)
     betas, eps = options.get("betas", (0.9, 0.999)), options.get("eps", 1e-8)
     group = {"lr": options["lr"], "weight_decay": options["weight_decay"]}
     actual = by_optimizer(
-        lambda p: TORCH.adamw([{"params": [p], **group}], betas, eps), w, gradients
+        lambda p: table.adamw([{"params": [p], **group}], betas, eps, math.inf), w, gradients
     )
     same_dtype = by_definition(w, gradients, **options)
     wide = w.double(), [g.double() for g in gradients]
@@ -80,24 +83,6 @@ def test_table_is_as_accurate_as_the_definition(options):
         assert_as_accurate(a, s, e, scale)
 
 
-def test_kernels_are_as_accurate_as_the_definition():
-    """20 steps in fp32, each row of the table as a group of one optimizer."""
-    w, gradients = make(torch.float32)
-    rows = [{"weight_decay": 0.0} | options for options in OPTIONS.values()]
-    parameters = [w.clone().requires_grad_() for _ in rows]
-    optimizer = AdamW([{"params": [p], **row} for p, row in zip(parameters, rows, strict=True)])
-    same_dtype = [by_definition(w, gradients, **row) for row in rows]
-    wide = w.double(), [g.double() for g in gradients]
-    exact = [by_definition(*wide, **row) for row in rows]
-    for k, g in enumerate(gradients):
-        for p in parameters:
-            p.grad = g.clone()
-        optimizer.step()
-        for p, row, s, e in zip(parameters, rows, same_dtype, exact, strict=True):
-            scale = w.abs().max().item() + (k + 1) * row["lr"]
-            assert_as_accurate(p.detach(), next(s), next(e), scale)
-
-
 def test_first_step_moves_by_the_learning_rate():
     """m and v are corrected for their start at 0: |step| = lr whatever the gradient's size."""
     w, gradients = make(torch.float64)
@@ -105,7 +90,8 @@ def test_first_step_moves_by_the_learning_rate():
     torch.testing.assert_close(moved, w - 0.01 * gradients[0].sign())
 
 
-def test_each_group_has_its_own_rate_and_decay():
+@tables
+def test_each_group_has_its_own_rate_and_decay(table):
     """And an entry that is not the optimizer's, such as `peak_lr`, stays in the group."""
     torch.manual_seed(0)
     start, grad = torch.randn(2, 3, 4, device=DEVICE)
@@ -115,7 +101,7 @@ def test_each_group_has_its_own_rate_and_decay():
         {"params": [p], "lr": lr, "weight_decay": decay, "peak_lr": lr}
         for p, (lr, decay) in zip(parameters, rows, strict=True)
     ]
-    optimizer = TORCH.adamw(groups, betas=(0.9, 0.999), eps=1e-8)
+    optimizer = table.adamw(groups, (0.9, 0.999), 1e-8, math.inf)
     for p in parameters:
         p.grad = grad.clone()
     optimizer.step()
@@ -125,7 +111,8 @@ def test_each_group_has_its_own_rate_and_decay():
         assert group["peak_lr"] == lr
 
 
-def test_definition_changes_nothing_in_place():
+@tables
+def test_definition_changes_nothing_in_place(table):
     """Nor does the table write to a gradient."""
     w, gradients = make(torch.float32)
     inputs = [w, gradients[0], gradients[1], gradients[2].abs()]
@@ -134,9 +121,57 @@ def test_definition_changes_nothing_in_place():
     assert all(map(torch.equal, inputs, before))
     p = w.clone().requires_grad_()
     p.grad = gradients[0].clone()
-    TORCH.adamw([{"params": [p], "lr": 0.1}], (0.9, 0.999), 1e-8).step()
+    table.adamw([{"params": [p], "lr": 0.1}], (0.9, 0.999), 1e-8, math.inf).step()
     assert torch.equal(p.grad, gradients[0])
     assert not torch.equal(p, w)
+
+
+@tables
+@pytest.mark.parametrize("max_norm", [1.0, 1e9, math.inf])
+def test_a_step_clips_and_says_the_norm(table, max_norm):
+    """As torch.nn.utils.clip_grad_norm_ over all groups before it, moment by moment."""
+    torch.manual_seed(0)
+    starts = [torch.randn(3, 4), torch.randn(5)]
+    results = []
+    for clips in (False, True):
+        parameters = [x.to(DEVICE).requires_grad_() for x in (s.clone() for s in starts)]
+        groups = [{"params": [p], "lr": 0.1, "weight_decay": 0.1} for p in parameters]
+        for p in parameters:
+            p.grad = torch.linspace(-3, 4, p.numel(), device=DEVICE).view_as(p)
+        if clips:
+            optimizer = table.adamw(groups, (0.9, 0.999), 1e-8, max_norm)
+            optimizer.step()
+            norms = [optimizer.grad_norm]
+            assert optimizer.skipped == 0
+        else:
+            norms = [torch.nn.utils.clip_grad_norm_(parameters, max_norm)]
+            optimizer = torch.optim.AdamW(groups)
+            optimizer.step()
+        state = [optimizer.state[p]["exp_avg"] for p in parameters]
+        results.append([*norms, *(p.detach() for p in parameters), *state])
+    for a, e in zip(*results, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+@tables
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_without_a_finite_norm_is_not_taken(table, bad):
+    """Neither weights nor moments nor step counts move, and it is counted."""
+    if DEVICE == "cuda" and table is TORCH:
+        pytest.skip("torch's optimizer would have to wait for the device")
+    w, gradients = make(torch.float32)
+    p = w.clone().requires_grad_()
+    optimizer = table.adamw([{"params": [p], "lr": 0.1}], (0.9, 0.999), 1e-8, 1.0)
+    p.grad = gradients[0].clone()
+    optimizer.step()
+    before = [p.detach().clone(), *(x.clone() for x in optimizer.state[p].values())]
+    p.grad = gradients[1].clone()
+    p.grad[2, 3] = bad
+    optimizer.step()
+    assert not optimizer.grad_norm.isfinite()
+    assert optimizer.skipped == 1
+    for a, e in zip([p.detach(), *optimizer.state[p].values()], before, strict=True):
+        assert torch.equal(a, e)
 
 
 # ------------------------------------------------------------ the optimizer of the kernels

@@ -7,10 +7,10 @@ import pytest
 import torch
 from tiny import tiny_model, write_rows
 
-from minift.batch import Batches
+from minift.batch import Batches, Example
 from minift.config import TrainConfig
 from minift.data import read_rows
-from minift.ops import TORCH
+from minift.ops import TORCH, TRITON
 from minift.tasks.classification import Classification
 from minift.train import Diverged, TrainState, compute_dtype, total_steps, train
 from minift.weights import load
@@ -187,6 +187,48 @@ def test_not_finite_stops_before_the_step_with_the_rows(model_and_examples):
     with pytest.raises(Diverged, match=r"step 1: loss nan, .* training rows \d+, \d+"):
         list(train(model, examples, TrainConfig(max_steps=1)))
     assert torch.equal(before, model.bert.embeddings.word.weight)
+
+
+def test_both_tables_train_alike(files):
+    """Four steps with clipping, weights and smoothing: the kernels' losses, norms and weights are
+    torch's, to what fp32 rounds away."""
+    runs = []
+    for ops in (TORCH, TRITON):
+        model, tokenizer = load(files / "model", LABELS)
+        examples = Classification(LABELS).encode(read_rows(files / "train.csv"), tokenizer)
+        config = TrainConfig(
+            max_steps=4, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5,
+            adam_epsilon=1e-3,  # or a gradient of 1e-9, all rounding, would move a weight by lr
+        )  # fmt: skip
+        task = Classification(LABELS, (0.5, 2.0), 0.1)
+        steps = list(train(model, examples, config, task, ops=ops))
+        assert [step.skipped for step in steps] == [0] * 4
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        runs.append(([(step.loss, step.grad_norm) for step in steps], weights))
+    (torch_steps, torch_weights), (triton_steps, triton_weights) = runs
+    for triton_step, torch_step in zip(triton_steps, torch_steps, strict=True):
+        assert triton_step == pytest.approx(torch_step, rel=1e-4)
+    torch.testing.assert_close(triton_weights, torch_weights, rtol=1e-4, atol=2e-5)
+
+
+def test_not_finite_stops_with_the_kernels_too(model_and_examples):
+    """Their optimizer measures and skips by itself; reading the step raises."""
+    model, examples = model_and_examples
+    with torch.no_grad():
+        model.head.bias[0] = math.nan
+    before = model.bert.embeddings.word.weight.clone()
+    with pytest.raises(Diverged, match=r"step 1: loss nan, .* training rows \d+, \d+"):
+        [step.loss for step in train(model, examples, TrainConfig(max_steps=1), ops=TRITON)]
+    assert torch.equal(before, model.bert.embeddings.word.weight)
+
+
+@pytest.mark.parametrize("ops", [TORCH, TRITON], ids=["torch", "triton"])
+def test_a_target_that_is_no_label_is_named(model_and_examples, ops):
+    """Rows of a caller's own making: no word of a learning rate that is too high."""
+    model, examples = model_and_examples
+    examples = [*examples[:3], Example(examples[3].tokens, examples[3].types, 7)]
+    with pytest.raises(ValueError, match=r"row [0-3]: expected a class .* got 7"):
+        [step.loss for step in train(model, examples, TrainConfig(max_steps=1), ops=ops)]
 
 
 def test_nothing_to_train_on(model_and_examples):

@@ -14,7 +14,7 @@ from ..batch import Batch, Example, evaluation_batches
 from ..data import Row
 from ..errors import InputError
 from ..metrics import classification_metrics
-from ..ops import Ops, ops_for
+from ..ops import Ops, TargetReport, ops_for
 from ..tokenizer import BLOCK, Tokenizer
 
 
@@ -108,12 +108,16 @@ class Classification:
                 examples.append(Example(array("i", ids), array("b", types), target, cut))
         return examples
 
-    def loss(self, logits: Tensor, batch: Batch, ops: Ops) -> Tensor:
-        """() the sum of the weighted losses of a batch, fp32."""
+    def loss(
+        self, logits: Tensor, batch: Batch, ops: Ops, report: TargetReport | None = None
+    ) -> Tensor:
+        """() the sum of the weighted losses of a batch, fp32; `report` sees the targets."""
         weight = (
             None if self.class_weights is None else logits.new_tensor(self.class_weights).float()
         )
-        return ops.cross_entropy(logits, batch.targets, weight, self.label_smoothing).sum()
+        smoothing = self.label_smoothing
+        losses = ops.cross_entropy(logits, batch.targets, weight, smoothing, report=report)
+        return losses.sum()
 
     def weight(self, batch: Batch) -> float:
         """The sum of the weights of a batch's valid targets: what its loss is divided by."""
