@@ -1,6 +1,6 @@
 """The three kernels of a step of AdamW, over the table of `param_table`.
 
-Launches    sum      a program a chunk: its sum of squares        only to clip
+Launches    sum      a program SPAN chunks: their sum of squares  only to clip
             scalars  one program: norm, step counts, and the eight numbers that the update of
                      each parameter needs, computed once instead of in every program
             update   a program a chunk: w, m, v and the rounded weight
@@ -40,6 +40,7 @@ from .param_table import (
     MASTER,
     MEAN,
     NUMEL,
+    SPAN,
     SQUARE,
     STEP,
     WEIGHT,
@@ -95,44 +96,61 @@ def _store(address, start, n, x, DTYPE: tl.constexpr, FULL: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _sum_of_squares(address, start, n, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    if (n >= BLOCK) & (address % 16 == 0):
-        g = _load(address, start, n, DTYPE, True, BLOCK)
-        total = tl.sum(g * g)
+def _squares(address, start, n, FULL: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr,
+             COUNT: tl.constexpr):
+    """The sum of squares of COUNT blocks that follow each other."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for k in tl.static_range(COUNT):
+        g = _load(address, start + k * BLOCK, n - k * BLOCK, DTYPE, FULL, BLOCK)
+        total += g * g
+    return tl.sum(total)
+
+
+@triton.jit
+def _squares_of(kind, address, start, n, FULL: tl.constexpr, BLOCK: tl.constexpr,
+                COUNT: tl.constexpr):
+    if kind == FP32:
+        total = _squares(address, start, n, FULL, tl.float32, BLOCK, COUNT)
+    elif kind == BF16:
+        total = _squares(address, start, n, FULL, tl.bfloat16, BLOCK, COUNT)
     else:
-        g = _load(address, start, n, DTYPE, False, BLOCK)
-        total = tl.sum(g * g)
+        total = _squares(address, start, n, FULL, tl.float16, BLOCK, COUNT)
     return total
 
 
 @triton.jit
-def sum_kernel(
-    owners_ptr, table_ptr, partials_ptr,  # (chunks,) int32, (P, COLUMNS) int64, (chunks,) fp32
-    BLOCK: tl.constexpr,
-):
-    """The sum of squares of each chunk of gradients; 0 where there is no gradient."""
-    chunk = tl.program_id(0)
+def _chunk(owners_ptr, table_ptr, chunk, BLOCK: tl.constexpr):
+    """Of the gradient of a chunk: dtype, address, first element, elements from there on."""
     row = table_ptr + tl.load(owners_ptr + chunk).to(tl.int64) * COLUMNS
-    address, kind = tl.load(row + GRAD), tl.load(row + KIND)
     start = (chunk - tl.load(row + FIRST)) * BLOCK
-    n = tl.load(row + NUMEL) - start
+    return tl.load(row + KIND), tl.load(row + GRAD), start, tl.load(row + NUMEL) - start
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def sum_kernel(
+    owners_ptr, table_ptr, partials_ptr,  # (chunks,) int32, (P, COLUMNS) int64, (programs,) fp32
+    chunks, BLOCK: tl.constexpr, SPAN: tl.constexpr,
+):
+    """The sum of squares of SPAN chunks of gradients; 0 where there is no gradient."""
+    first = tl.program_id(0) * SPAN
+    kind, address, start, n = _chunk(owners_ptr, table_ptr, first, BLOCK)
     total = 0.0
-    if address != 0:
-        if kind == FP32:
-            total = _sum_of_squares(address, start, n, tl.float32, BLOCK)
-        elif kind == BF16:
-            total = _sum_of_squares(address, start, n, tl.bfloat16, BLOCK)
-        else:
-            total = _sum_of_squares(address, start, n, tl.float16, BLOCK)
-    tl.store(partials_ptr + chunk, total)
+    if (address != 0) & (address % 16 == 0) & (n >= SPAN * BLOCK):  # all of one parameter
+        total = _squares_of(kind, address, start, n, True, BLOCK, SPAN)
+    else:
+        for chunk in range(first, tl.minimum(first + SPAN, chunks)):
+            kind, address, start, n = _chunk(owners_ptr, table_ptr, chunk, BLOCK)
+            if address != 0:
+                total += _squares_of(kind, address, start, n, False, BLOCK, 1)
+    tl.store(partials_ptr + tl.program_id(0), total)
 
 
 @triton.jit
-def _norm(partials_ptr, chunks, BLOCK: tl.constexpr):
+def _norm(partials_ptr, count, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, chunks, BLOCK):
-        part = tl.load(partials_ptr + start + i, mask=start + i < chunks, other=0.0)
+    for start in range(0, count, BLOCK):
+        part = tl.load(partials_ptr + start + i, mask=start + i < count, other=0.0)
         total += part.to(tl.float64)
     return tl.sqrt(tl.sum(total)).to(tl.float32)
 
@@ -168,20 +186,20 @@ def _scalars(table_ptr, groups_ptr, scalars_ptr, start, P, clip, taken, BLOCK: t
     tl.store(out + SKIP, tl.where(moves, 0.0, 1.0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["max_norm", "chunks", "P"])
+@triton.jit(do_not_specialize=["max_norm", "count", "P"])
 def scalars_kernel(
-    partials_ptr,                        # (chunks,) fp32; None: do not clip
+    partials_ptr,                        # (count,) fp32; None: do not clip
     table_ptr, groups_ptr, scalars_ptr,  # (P, COLUMNS) int64, (groups, 6) fp64, (P, 8) fp32;
                                          # None: the norm alone
     norm_ptr, skipped_ptr,               # () fp32, () int64: steps not taken
-    max_norm, chunks, P,
+    max_norm, count, P,
     SUMS: tl.constexpr, PARAMS: tl.constexpr,
 ):
     """One program: the norm, and what the update needs of each parameter. Step counts move."""
     clip = 1.0
     taken = 1
     if partials_ptr is not None:
-        norm = _norm(partials_ptr, chunks, SUMS)
+        norm = _norm(partials_ptr, count, SUMS)
         tl.store(norm_ptr, norm)
         if scalars_ptr is not None:
             taken = tl.where(norm < float("inf"), 1, 0)  # NaN is not either
@@ -265,12 +283,12 @@ def launch_step(
         norm, skipped: () fp32, () int64.
     """
     clip = max_norm is not None
-    if clip and table.chunks:
-        sum_kernel[(table.chunks,)](table.owners, rows, table.partials, BLOCK=BLOCK, **WIDE)
+    if clip:
+        _launch_sum(table, rows)
     scalars_kernel[(1,)](
         table.partials if clip else None, rows, groups, scalars,
         norm if clip else None, skipped if clip else None,
-        float(max_norm or 0.0), table.chunks, len(rows), SUMS=SUMS, PARAMS=PARAMS, **SMALL,
+        float(max_norm or 0.0), len(table.partials), len(rows), SUMS=SUMS, PARAMS=PARAMS, **SMALL,
     )
     if table.chunks:
         update_kernel[(table.chunks,)](table.owners, rows, scalars, BLOCK=BLOCK, **WIDE)
@@ -279,10 +297,17 @@ def launch_step(
 def launch_norm(table: ParamTable, norm: Tensor) -> None:
     """The norm of all gradients of the table into `norm`, () fp32."""
     if table.chunks:
-        sum_kernel[(table.chunks,)](table.owners, table.rows, table.partials, BLOCK=BLOCK, **WIDE)
+        _launch_sum(table, table.rows)
         scalars_kernel[(1,)](
             table.partials, None, None, None, norm, None,
-            0.0, table.chunks, 0, SUMS=SUMS, PARAMS=PARAMS, **SMALL,
+            0.0, len(table.partials), 0, SUMS=SUMS, PARAMS=PARAMS, **SMALL,
+        )
+
+
+def _launch_sum(table, rows):
+    if table.chunks:
+        sum_kernel[(len(table.partials),)](
+            table.owners, rows, table.partials, table.chunks, BLOCK=BLOCK, SPAN=SPAN, **WIDE
         )
 
 
@@ -296,7 +321,7 @@ SCALAR_TYPES = {
     "norm alone": ("*fp32:16 *fp32:16 fp32 i32 i32", NORM_ALONE),
 }
 LAUNCHES = (
-    Launch("all dtypes", sum_kernel, TABLES, {"BLOCK": BLOCK}, WIDE),
+    Launch("all dtypes", sum_kernel, f"{TABLES} i32", {"BLOCK": BLOCK, "SPAN": SPAN}, WIDE),
     Launch("all dtypes", update_kernel, TABLES, {"BLOCK": BLOCK}, WIDE),
     *(
         Launch(label, scalars_kernel, types, constexprs, SMALL, streams=False, fp64=True)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 2048  # elements of a chunk
+SPAN = 8  # chunks that one program adds up: one alone, 4 KB of bf16, would be all latency
 COLUMNS = tl.constexpr(10)
 WEIGHT = tl.constexpr(0)
 GRAD = tl.constexpr(1)
@@ -59,7 +60,7 @@ class ParamTable:
         self.sizes = torch.stack((numel, first, torch.tensor(groups, dtype=torch.int64)), 1)
         self.owners = upload(owners, device)                             # (chunks,) int32
         self.rows = torch.empty(len(params), COLUMNS.value, dtype=torch.int64, device=device)
-        self.partials = torch.empty(self.chunks, device=device)          # a sum of each chunk
+        self.partials = torch.empty(-(-self.chunks // SPAN), device=device)  # sums of SPAN chunks
         self.key = None  # what `rows` were written for; compared by the one who writes
         self._spare: list[tuple[Tensor, Tensor]] = []
         self._captured: list[tuple] = []

@@ -7,7 +7,7 @@ from launches import compilations, recorded
 
 from minift.kernels.adamw import AdamW, grad_norm
 from minift.kernels.adamw_step import LAUNCHES, SCALARS, launch_step
-from minift.kernels.param_table import BLOCK, KINDS, ParamTable
+from minift.kernels.param_table import BLOCK, KINDS, SPAN, ParamTable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -38,7 +38,9 @@ def test_two_launches_a_step_and_three_to_clip():
     assert names(stepped([5, 3000, 7], DTYPES)) == ["scalars_kernel", "update_kernel"]
     clipped = stepped([5, 3000, 7], DTYPES, max_grad_norm=1.0)
     assert names(clipped) == ["sum_kernel", "scalars_kernel", "update_kernel"]
-    assert [launch.grid for launch in clipped] == [(4,), (1,), (4,)]
+    assert [launch.grid for launch in clipped] == [(1,), (1,), (4,)]
+    many = stepped([SPAN * BLOCK, 1], DTYPES[:2], max_grad_norm=1.0)
+    assert [launch.grid for launch in many] == [(2,), (1,), (SPAN + 1,)]
 
 
 def test_the_norm_is_two_launches():
@@ -47,6 +49,21 @@ def test_the_norm_is_two_launches():
     with recorded(run=False) as seen:
         grad_norm([p])
     assert names(seen) == ["sum_kernel", "scalars_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [0, 1])
+def test_the_norm_of_long_runs_and_of_short_ones(dtype, offset):
+    """SPAN chunks of one parameter are added at once, those of several in turn; a run may begin
+    and end within a parameter. Addresses are multiples of 16, or not."""
+    torch.manual_seed(0)
+    sizes = [5, 2 * SPAN * BLOCK + 3, 7, SPAN * BLOCK, BLOCK, SPAN * BLOCK - 1, 1]
+    parameters = [torch.zeros(n, dtype=dtype, device=DEVICE, requires_grad=True) for n in sizes]
+    for p in parameters:
+        p.grad = torch.randn(offset + p.numel(), device=DEVICE).to(dtype)[offset:]
+    parameters.insert(2, torch.zeros(SPAN * BLOCK, dtype=dtype, device=DEVICE, requires_grad=True))
+    exact = torch.cat([p.grad.double() for p in parameters if p.grad is not None]).norm()
+    assert grad_norm(parameters).item() == pytest.approx(exact.item(), rel=1e-6)
 
 
 def test_nothing_is_compiled_for_a_size_a_rate_or_a_number_of_parameters():
