@@ -99,10 +99,12 @@ def parts(device: str, out: Path, link: Path, limits: dict[str, float]) -> dict[
 
 
 def test_files() -> list[str]:
-    """The tests of kernels/ and of the timing: others need packages that may not be there."""
-    names = [path.stem for path in sorted((ROOT / "kernels").glob("*.py"))]
-    files = [f"tests/test_{name}.py" for name in [*names, "measure"]]
-    return [file for file in files if (ROOT / file).exists()]
+    """The tests of kernels/, of what is built on them and of the timing: others do not come near
+    a GPU, or need packages that may not be there."""
+    names = [path.stem for path in sorted((ROOT / "kernels").glob("[a-z]*.py"))]
+    found = [f for n in names for f in sorted(ROOT.glob(f"tests/test_{n}*.py"))]
+    found += [ROOT / "tests" / f"test_{n}.py" for n in ("ops", "train", "embedders", "measure")]
+    return [str(file.relative_to(ROOT)) for file in dict.fromkeys(found)]
 
 
 def share_out(names: list[str], seconds: float) -> dict[str, float]:

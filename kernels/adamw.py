@@ -20,10 +20,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .adamw_step import GROUP_COLUMNS, LR, SCALARS, launch_norm, launch_step
+from .launch import can_launch
 from .param_table import KIND, KINDS, ParamTable, is_dense, like, local, same_order, upload
 
 # ---------------------------------------------------------------- definition
@@ -368,8 +368,7 @@ def _check_group(group, device):
 
 def _check_param(p, device):
     """That a kernel can read and write it where it lies. Also for gradients."""
-    runs_on = ("cuda", "cpu") if triton.knobs.runtime.interpret else ("cuda",)
-    if p.device != device or device.type not in runs_on:
+    if p.device != device or not can_launch(device):
         raise ValueError(
             f"expected parameters on one GPU, got one on {p.device}: use torch.optim.AdamW"
         )

@@ -26,8 +26,8 @@ Tiling      One program walks a row. A row of an odd V or stride starts and ends
 
 Numerics    fp32 arithmetic and fp32 loss, whatever the dtype of the logits. The maximum starts at
             the lowest float, not at -inf, so that a block of -inf alone leaves no NaN.
-Source      online softmax: Milakov & Gimelshein 2018, arXiv:1805.02867, algorithm 3;
-            label smoothing: Szegedy et al. 2015, arXiv:1512.00567, section 7.
+Source      Milakov & Gimelshein 2018, arXiv:1805.02867 (online softmax);
+            Szegedy et al. 2015, arXiv:1512.00567, section 7 (label smoothing).
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .launch import Launch
+from .launch import Launch, can_launch
 
 IGNORE_INDEX = -100
 L2_BYTES = 32 << 20  # what rows in flight may fill: an H100 or H200 has 50 MB, and also writes
@@ -93,10 +93,9 @@ class TargetReport:
 
     def check(self) -> None:
         """Raises ValueError if a target was out of range."""
-        word = self.words[1].item()
-        if word:
-            low = word & 0xFFFFFFFF
-            raise bad_target((word >> 32) - 1, low - (1 << 32) if low >> 31 else low)
+        row, low = divmod(self.words[1].item(), 1 << 32)
+        if row:
+            raise bad_target(row - 1, low - (low >> 31 << 32))
 
 
 def bad_target(row: int, target: int) -> ValueError:
@@ -306,6 +305,8 @@ def _check_kernel(logits: Tensor, target: Tensor, weight: Tensor | None) -> None
         raise ValueError(f"expected logits in fp32, fp16 or bf16, got {logits.dtype}")
     if logits.shape[1] > 1 and logits.stride(1) != 1:
         raise ValueError(f"expected unit stride along V, got {logits.stride()}: call .contiguous()")
+    if not can_launch(logits.device):
+        raise ValueError(f"expected logits on a GPU, got {logits.device}")
 
 
 def _class_weights(weight: Tensor | None, smoothing: float) -> tuple[Tensor | None, Tensor | None]:
@@ -324,6 +325,13 @@ def _empty_like(x: Tensor) -> Tensor:
     return flat.as_strided(x.shape, x.stride(), past)
 
 
+def _launch(kernel, programs: int, logits: Tensor, target: Tensor, weight: Tensor | None, *args):
+    if programs:
+        with torch.cuda.device_of(logits):
+            tile = _tile(logits.shape[1], weight is not None)
+            kernel[(programs,)](logits, target, weight, *args, **tile)
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, target, weight, smoothing, ignore, report):
@@ -331,11 +339,8 @@ class _CrossEntropy(torch.autograd.Function):
         weights = _class_weights(weight, smoothing)
         loss, *statistics = logits.new_empty(3, N, dtype=torch.float32)
         ctx.facts = logits.stride(0), target.stride(0), smoothing or None, ignore, V
-        if N:
-            _loss_kernel[(N,)](
-                logits, target, *weights, report.words if report else None, loss,
-                *statistics, *ctx.facts, **_tile(V, weight is not None),
-            )
+        words = report.words if report else None
+        _launch(_loss_kernel, N, logits, target, *weights, words, loss, *statistics, *ctx.facts)
         ctx.save_for_backward(logits, target, *weights, *statistics)  # the softmax is made again
         return loss
 
@@ -345,12 +350,10 @@ class _CrossEntropy(torch.autograd.Function):
         logits, *others = ctx.saved_tensors
         stride, target_stride, *facts = ctx.facts
         dlogits = _empty_like(logits)
-        if len(logits):
-            _gradient_kernel[(len(logits),)](
-                logits, *others, dloss, dlogits,
-                stride, target_stride, dloss.stride(0), *facts,
-                **_tile(logits.shape[1], others[1] is not None),
-            )
+        _launch(
+            _gradient_kernel, len(logits), logits, *others, dloss, dlogits,
+            stride, target_stride, dloss.stride(0), *facts,
+        )
         return dlogits, None, None, None, None, None
 
 
@@ -364,10 +367,8 @@ def cross_entropy(
     """The loss of each row. Reducing is the caller's: `loss.sum() / number_of_targets`.
 
     Args:
-        logits: (N, V) fp32, fp16 or bf16 with unit stride along V, any stride along N. Not
-            modified.
-        target: (N,) int64 in [0, V), or ignore_index. Anything else makes the loss and the
-            gradient of its row NaN.
+        logits: (N, V) fp32, fp16 or bf16 with unit stride along V; only read.
+        target: (N,) int64 in [0, V), or ignore_index. Else loss and gradient of its row are NaN.
         weight: (V,) class weights; default 1. They have no gradient.
         label_smoothing: in [0, 1].
         ignore_index: any integer; a row with this target has loss 0 and gradient 0.
@@ -410,20 +411,19 @@ def cross_entropy_(
     _check_kernel(logits, target, weight)
     N, V = logits.shape
     if logits.requires_grad:
-        raise ValueError("expected logits without gradient, since they are overwritten: .detach()")
+        raise ValueError("expected logits without gradient, to overwrite them: .detach()")
     if N > 1 and logits.stride(0) < V:
         raise ValueError(f"expected rows that do not overlap, got stride {logits.stride(0)} < {V}")
     scale = None if row_scale is None else row_scale.expand(N)
     loss = logits.new_empty(N, dtype=torch.float32)
-    if N:
-        rows = max(1, L2_BYTES // (V * logits.element_size()))
-        _in_place_kernel[(min(N, rows),)](
-            logits, target, *_class_weights(weight, label_smoothing),
-            report.words if report else None, scale, loss,
-            logits.stride(0), target.stride(0), 0 if scale is None else scale.stride(0),
-            label_smoothing or None, ignore_index, N, V, **_tile(V, weight is not None),
-        )
-        torch.autograd.graph.increment_version(logits)
+    rows_in_flight = max(1, L2_BYTES // max(1, V * logits.element_size()))
+    _launch(
+        _in_place_kernel, min(N, rows_in_flight), logits, target,
+        *_class_weights(weight, label_smoothing), report.words if report else None, scale, loss,
+        logits.stride(0), target.stride(0), 0 if scale is None else scale.stride(0),
+        label_smoothing or None, ignore_index, N, V,
+    )
+    torch.autograd.graph.increment_version(logits)
     return loss
 
 

@@ -15,6 +15,9 @@ An argument that is None, or an integer that is 1, is a constexpr to the compile
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+import triton
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -33,3 +36,8 @@ class Launch:
         """ "cross_entropy.loss_kernel bf16", say."""
         function = self.kernel.fn
         return f"{function.__module__.rpartition('.')[2]}.{function.__name__} {self.label}"
+
+
+def can_launch(device: torch.device) -> bool:
+    """Whether kernels run on tensors there: on a GPU, and in triton's interpreter on a CPU."""
+    return device.type == "cuda" or (device.type == "cpu" and triton.knobs.runtime.interpret)

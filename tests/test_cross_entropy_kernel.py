@@ -282,13 +282,13 @@ def test_no_rows():
         assert grad.shape == (0, 5)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="the largest buffers are for the CPU's lazy memory")
 def test_rows_beyond_two_thousand_million_elements():
     """Offsets are 64 bits wide: the third row starts at 2**31 + 4 elements."""
     stride = 2**30 + 2
-    logits = torch.empty(2 * stride + 8, dtype=torch.bfloat16).as_strided((3, 6), (stride, 1))
+    flat = torch.empty(2 * stride + 8, dtype=torch.bfloat16, device=DEVICE)  # 4 GiB, untouched
+    logits = flat.as_strided((3, 6), (stride, 1))
     logits.copy_(torch.randn(3, 6, generator=torch.Generator().manual_seed(0)))
-    target = torch.tensor([0, 3, 5])
+    target = torch.tensor([0, 3, 5], device=DEVICE)
     expected = with_autograd(cross_entropy_ref, logits.clone(), target)
     for a, e in zip(with_autograd(cross_entropy, logits, target), expected, strict=True):
         torch.testing.assert_close(a, e)
@@ -425,6 +425,15 @@ def test_what_does_not_fit_is_named(change, message):
     for loss in (cross_entropy, cross_entropy_):
         with pytest.raises(ValueError, match=message):
             loss(**given)
+
+
+def test_a_device_without_kernels_is_named(monkeypatch):
+    """Rather than a wild read: a CPU tensor where nothing interprets."""
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    target = torch.zeros(2, dtype=torch.int64)
+    for loss in (cross_entropy, cross_entropy_):
+        with pytest.raises(ValueError, match="expected logits on a GPU, got cpu"):
+            loss(torch.zeros(2, 5), target)
 
 
 def test_in_place_needs_rows_of_its_own():
