@@ -293,7 +293,7 @@ def _in_place_kernel(
 
 def _tile(V: int, weighted: bool) -> dict[str, int]:
     """Few columns need few threads. Over a vocabulary two programs fit on an SM (64 registers a
-    thread) and keep two blocks each in flight, 32 KB of bf16; with class weights, one: no spill."""
+    thread on triton 3.6) with two blocks each in flight, 32 KB of bf16; with class weights, one."""
     wide = (2048, 2, 4) if V <= 8192 else (4096, 3 - weighted, 16)
     block, stages, warps = (256, 1, 1) if V <= 512 else wide
     return {"BLOCK": block, "STAGES": stages, "num_warps": warps, "enable_fp_fusion": True}

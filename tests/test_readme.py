@@ -7,6 +7,8 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
+from accuracy import DEVICE
 from tiny import settings_kept, tiny_model, write_rows
 
 from minift.cli import make_parser, normalise
@@ -29,16 +31,47 @@ def test_commands_parse(command):
     assert args.command == words[0]
 
 
+PROGRAM, EMBEDDED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
 def test_the_program_runs(tmp_path, monkeypatch, capsys):
     """As it stands, in a folder with a model and a file of these names."""
-    (program,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     tiny_model(tmp_path / "MODEL_DIR")
     write_rows(tmp_path / "train.csv", 40)
     monkeypatch.chdir(tmp_path)
     with settings_kept():
-        exec(program, {})
+        exec(PROGRAM, {})
     assert capsys.readouterr().out.startswith("1 0.")
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+def test_the_kernels_train_a_model_of_another_library():
+    """As it stands, given a model and batches."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=37, n_positions=8, n_embd=8, n_layer=1, n_head=1, bos_token_id=0, eos_token_id=0
+    )
+    model = transformers.GPT2LMHeadModel(config).to(DEVICE)
+    before = model.transformer.wte.weight.clone()
+    ids = torch.randint(37, (2, 8), device=DEVICE)
+    names = {"model": model, "batches": [(ids, ids.clone())] * 2}
+    exec(EMBEDDED, names)
+    assert names["loss"].isfinite()
+    assert not torch.equal(model.transformer.wte.weight, before)
+
+
+def test_the_kernels_are_those_that_were_compiled():
+    lines = (ROOT / "bench/results/codegen-triton-3.6.0.jsonl").read_text().splitlines()
+    rows = {(row["kernel"], row["arch"]): row for row in map(json.loads, lines)}
+    shown = re.findall(r"^\| `(\w+\.\w+_kernel [^`]*)` \| (.*) \|$", README, re.MULTILINE)
+    assert len(shown) >= 6
+    for name, cells in shown:
+        row = rows[name, "sm_90"]
+        numbers = [row[k] for k in ("registers", "spill_bytes", "shared_bytes", "wide_accesses")]
+        assert cells == " | ".join(f"{n:,}" for n in numbers)
+    for path in (ROOT / "bench/results").glob("codegen-*.jsonl"):
+        assert all(json.loads(line)["ok"] for line in path.read_text().splitlines())
 
 
 def test_the_table_is_the_median_of_the_results():
