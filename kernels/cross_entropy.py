@@ -42,8 +42,7 @@ from .launch import Launch, can_launch
 
 IGNORE_INDEX = -100
 L2_BYTES = 32 << 20  # what rows in flight may fill: an H100 or H200 has 50 MB, and also writes
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234e38)
+LOG2E, LOWEST = tl.constexpr(1.4426950408889634), tl.constexpr(-3.4028234e38)
 
 # ---------------------------------------------------------------- definition
 
@@ -403,7 +402,7 @@ def cross_entropy_(
         target, weight, label_smoothing, ignore_index, report: as in `cross_entropy`.
 
     Returns:
-        (N,) float32, in nats, without the scale.
+        (N,) float32, without the scale.
 
     Raises:
         ValueError: as `cross_entropy`; or `logits` require a gradient or overlap.
@@ -423,7 +422,8 @@ def cross_entropy_(
         logits.stride(0), target.stride(0), 0 if scale is None else scale.stride(0),
         label_smoothing or None, ignore_index, N, V,
     )
-    torch.autograd.graph.increment_version(logits)
+    if not logits.is_inference():  # such a tensor has no version
+        torch.autograd.graph.increment_version(logits)
     return loss
 
 

@@ -335,6 +335,14 @@ def test_in_place_is_seen_by_autograd():
         logits.sum().backward()
 
 
+def test_evaluation_in_inference_mode():
+    """Where tensors have no version to count."""
+    with torch.inference_mode():
+        logits, target = torch.randn(2, 5, device=DEVICE), torch.tensor([0, 1], device=DEVICE)
+        loss = cross_entropy(logits, target)
+        assert torch.equal(cross_entropy_(logits, target), loss)
+
+
 def test_in_place_hands_the_gradient_on():
     """As the docstring has it: the gradient of the mean loss with respect to a weight."""
     torch.manual_seed(0)
