@@ -16,16 +16,18 @@ Traffic     N rows, V columns, e bytes per logit. Floor: every operand moves onc
 Tiling      One program walks a row. A row of an odd V or stride starts and ends anywhere between
             two 16-byte boundaries, and an access is 128 bits wide only on them, so a row is cut:
 
-                x_ptr    head                     body                      V
-                  |  e d g e  |  BLOCK  |  BLOCK  |  BLOCK   :      |  e d g e  |
-                  16-byte     ^ first boundary     last boundary    ^
+                x_ptr   head                   body                    V
+                  |  edge  | unit | unit | unit | ... | unit |  edge  |
+                           ^ first 16-byte boundary     last ^
 
-            Blocks of the body are masked in whole units of 16 bytes; the two edges together are
-            one small masked tile. cross_entropy_ walks a row twice, for the sum of exponentials
-            and for the gradient: rows in flight fit in the L2 cache, so memory is read once.
+            A unit is 16 bytes, and a lane's in each step of LANES units: what depends on a unit is
+            done once for 8 columns of bf16. The two edges together are one small masked tile.
+            cross_entropy_ walks a row twice, for the sum of exponentials and for the gradient:
+            rows in flight fit in the L2 cache, so memory is read once. At 4.8 TB/s it has some 25
+            instructions a column, of which the two walks take 18.
 
-Numerics    fp32 arithmetic and fp32 loss, whatever the dtype of the logits. The maximum starts at
-            the lowest float, not at -inf, so that a block of -inf alone leaves no NaN.
+Numerics    fp32 arithmetic and fp32 loss, whatever the dtype of the logits, for |x| < 2.3e38.
+            Maxima start at the lowest float, not at -inf: a lane of -inf alone leaves no NaN.
 Source      Milakov & Gimelshein 2018, arXiv:1805.02867 (online softmax);
             Szegedy et al. 2015, arXiv:1512.00567, section 7 (label smoothing).
 """
@@ -41,8 +43,10 @@ from torch.autograd.function import once_differentiable
 from .launch import Launch, can_launch
 
 IGNORE_INDEX = -100
-L2_BYTES = 32 << 20  # what rows in flight may fill: an H100 or H200 has 50 MB, and also writes
+L2_BYTES = 40 << 20  # what rows in flight may fill: an H100 or H200 has 50 MB
 LOG2E, LOWEST = tl.constexpr(1.4426950408889634), tl.constexpr(-3.4028234e38)
+# 1 / LOG2E, of LOG2E as fp32 has it, in two parts: a maximum comes back as it was
+LN2, LN2_REST = tl.constexpr(0.693147182464599609375), tl.constexpr(7.348693061e-9)
 
 # ---------------------------------------------------------------- definition
 
@@ -120,15 +124,21 @@ def check_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = 
 
 
 @triton.jit
-def _cut(x_ptr, V):
-    """Where a row's body begins and how long it is; the columns at its edges, and which exist."""
-    UNIT: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth  # columns in 16 bytes
+def _cut(x_ptr, V, UNIT: tl.constexpr):
+    """Where a row's body begins and how many units it has; the columns at its edges, and which of
+    them exist. A unit is what lies between two 16-byte boundaries."""
     past = (x_ptr.to(tl.int64) % 16).to(tl.int32) * UNIT // 16  # columns since the last boundary
     head = tl.minimum((UNIT - past) % UNIT, V)
-    body = (V - head) // UNIT * UNIT
+    units = (V - head) // UNIT
     e = tl.arange(0, 2 * UNIT)
-    edge = tl.where(e < UNIT, e, head + body + e - UNIT)
-    return head, body, edge, edge < tl.where(e < UNIT, head, V)
+    edge = tl.where(e < UNIT, e, head + units * UNIT + e - UNIT)
+    return head, units, edge, edge < tl.where(e < UNIT, head, V)
+
+
+@triton.jit
+def _exp2(x, m):
+    """2^(x / ln 2 - m), rounded once before the power: an error of m would be one of the result."""
+    return tl.exp2(tl.fma(x, LOG2E, -m))
 
 
 @triton.jit
@@ -164,73 +174,83 @@ def _row(target_ptr, options, report_ptr, row, stride, ignore, V):
 
 
 @triton.jit
-def _loss(x_ptr, options, of_row, V, BLOCK: tl.constexpr, STAGES: tl.constexpr):
-    """Walks a row once: its loss, its maximum m and the log of its sum of exp(x - m); lse is the
-    sum of these two, but would round away what distinguishes large logits. An ignored row is not
-    read. The loss, sum c_v (lse - x_v), is total * (lse - x_t) - spread * sum w_v (x_v - x_t)."""
+def _loss(x_ptr, options, of_row, V, LANES: tl.constexpr):
+    """Walks a row once: its loss, its maximum m in units of ln 2, and its sum of 2^(x / ln 2 - m).
+    An ignored row is not read. A lane keeps a maximum and a sum of its own to the end of the row,
+    so that nothing is exchanged in the loop, and has its next unit under way.
+    The loss, sum c_v (lse - x_v), is total * (lse - x_t) - spread * sum w_v (x_v - x_t)."""
+    UNIT: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     weight_ptr, _, smoothing = options
     target, counts, is_class, _, spread, total = of_row
     x_t = tl.load(x_ptr + target, mask=counts & is_class, other=float("nan")).to(tl.float32)
-    head, body, edge, at_edge = _cut(x_ptr, tl.where(counts, V, 0))
+    head, units, edge, at_edge = _cut(x_ptr, tl.where(counts, V, 0), UNIT)
     body_ptr = tl.multiple_of(x_ptr + head, 16)
-    m = LOWEST
-    s = tl.zeros((BLOCK,), tl.float32)  # lane by lane, the sum of exp(x - m)
-    wx = tl.zeros((BLOCK,), tl.float32)  # and of w * (x - x_t)
-    for start in tl.range(0, body, BLOCK, num_stages=STAGES):
-        i = start + tl.arange(0, BLOCK)
-        x = tl.load(body_ptr + i, mask=i < body, other=-float("inf")).to(tl.float32)
-        m_new = tl.maximum(m, tl.max(x, 0))
-        s = s * tl.exp2((m - m_new) * LOG2E) + tl.exp2((x - m_new) * LOG2E)
+    lane = tl.arange(0, LANES)
+    i = lane[:, None] * UNIT + tl.arange(0, UNIT)[None, :]
+    m = tl.full((LANES,), LOWEST, tl.float32)
+    s = tl.zeros((LANES,), tl.float32)
+    wx = tl.zeros((LANES,), tl.float32)  # sum of w * (x - x_t)
+    ahead = tl.load(body_ptr + i, mask=(lane < units)[:, None])
+    for start in range(0, units, LANES):
+        inside = start + lane < units
+        x = ahead.to(tl.float32)
+        next_ptr = body_ptr + (start + LANES) * UNIT
+        ahead = tl.load(next_ptr + i, mask=(start + LANES + lane < units)[:, None])
+        m_new = tl.where(inside, tl.maximum(m, tl.max(x, 1) * LOG2E), m)
+        sum_new = s * tl.exp2(m - m_new) + tl.sum(_exp2(x, m_new[:, None]), 1)
+        s = tl.where(inside, sum_new, s)
         m = m_new
         if smoothing is not None:
-            w = _weight(weight_ptr, head + i, i < body)
-            wx += tl.where(i < body, w * (x - x_t), 0.0)
+            w = _weight(weight_ptr, head + start * UNIT + i, inside[:, None])
+            wx += tl.where(inside, tl.sum(w * (x - x_t), 1), 0.0)
     x = tl.load(x_ptr + edge, mask=at_edge, other=-float("inf")).to(tl.float32)
-    m_new = tl.maximum(m, tl.max(x, 0))
-    exps = tl.sum(s, 0) * tl.exp2((m - m_new) * LOG2E) + tl.sum(tl.exp2((x - m_new) * LOG2E), 0)
-    log_sum = tl.log(exps)
-    loss = total * ((m_new - x_t) + log_sum)
+    m_all = tl.maximum(tl.max(m, 0), tl.max(x, 0) * LOG2E)
+    exps = tl.sum(s * tl.exp2(m - m_all), 0) + tl.sum(_exp2(x, m_all), 0)
+    loss = total * (tl.fma(m_all, LN2, -x_t) + (m_all * LN2_REST + tl.log(exps)))
     if smoothing is not None:
         w = _weight(weight_ptr, edge, at_edge)
         wx_edge = tl.where(at_edge, w * (x - x_t), 0.0)
         loss -= spread * (tl.sum(wx, 0) + tl.sum(wx_edge, 0))
-    return tl.where(counts, loss, 0.0), m_new, log_sum
+    return tl.where(counts, loss, 0.0), tl.where(counts, m_all, 0.0), tl.where(counts, exps, 1.0)
 
 
 @triton.jit
-def _write(x_ptr, dx_ptr, i, mask, first, options, of_row, m, log_sum, scale):
-    """The gradient of the columns first + i, of which the pointers point to the first."""
+def _gradient(x_ptr, dx_ptr, options, of_row, m, exps, scale, V, LANES: tl.constexpr):
+    """Walks a row once and writes its gradient. `dx_ptr` is as far past a boundary as `x_ptr`. Of
+    an ignored row nothing is read and scale is 0; of one without a class scale is NaN."""
+    UNIT: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
     weight_ptr, _, smoothing = options
     target, counts, is_class, keep, spread, total = of_row
-    x = tl.load(x_ptr + i, mask=mask & counts, other=0.0).to(tl.float32)
-    c = tl.where(first + i == target, keep, 0.0)
-    if smoothing is not None:
-        c += spread * _weight(weight_ptr, first + i, mask)
-    scale = tl.where(is_class, scale, float("nan"))
-    dx = tl.where(counts, scale * (tl.exp2((x - m - log_sum) * LOG2E) * total - c), 0.0)
-    tl.store(dx_ptr + i, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gradient(
-    x_ptr, dx_ptr, options, of_row, m, log_sum, scale, V,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
-):
-    """Walks a row once and writes its gradient. `dx_ptr` is as far past a boundary as `x_ptr`."""
-    head, body, edge, at_edge = _cut(x_ptr, V)
+    scale = tl.where(counts, tl.where(is_class, scale, float("nan")), 0.0)
+    a = scale * total / exps
+    head, units, edge, at_edge = _cut(x_ptr, V, UNIT)
     x_body = tl.multiple_of(x_ptr + head, 16)
     dx_body = tl.multiple_of(dx_ptr + head, 16)
-    for start in tl.range(0, body, BLOCK, num_stages=STAGES):
-        i = start + tl.arange(0, BLOCK)
-        _write(x_body, dx_body, i, i < body, head, options, of_row, m, log_sum, scale)
-    _write(x_ptr, dx_ptr, edge, at_edge, 0, options, of_row, m, log_sum, scale)
+    # The target's unit is compared once a unit, its column once a row: an element is not.
+    j = tl.arange(0, UNIT)
+    at_target = tl.where(j == (target - head) % UNIT, scale * keep, 0.0)[None, :]
+    t_unit = tl.where(target >= head, (target - head) // UNIT, -1)
+    for start in range(0, units, LANES):
+        u = start + tl.arange(0, LANES)
+        i = u[:, None] * UNIT + j[None, :]
+        inside = (u < units)[:, None]
+        x = tl.load(x_body + i, mask=inside & counts, other=0.0).to(tl.float32)
+        dx = a * _exp2(x, m) - tl.where(u == t_unit, 1.0, 0.0)[:, None] * at_target
+        if smoothing is not None:
+            dx -= scale * spread * _weight(weight_ptr, head + i, inside)
+        tl.store(dx_body + i, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+    x = tl.load(x_ptr + edge, mask=at_edge & counts, other=0.0).to(tl.float32)
+    dx = a * _exp2(x, m) - tl.where(edge == target, scale * keep, 0.0)
+    if smoothing is not None:
+        dx -= scale * spread * _weight(weight_ptr, edge, at_edge)
+    tl.store(dx_ptr + edge, dx.to(dx_ptr.dtype.element_ty), mask=at_edge)
 
 
 # Neither sizes nor addresses choose the code: one binary for a dtype and a set of options.
 jit = triton.jit(
     do_not_specialize="stride target_stride scale_stride ignore N V smoothing".split(),
     do_not_specialize_on_alignment=(
-        "logits_ptr target_ptr weight_ptr weight_sum_ptr report_ptr loss_ptr m_ptr log_sum_ptr "
+        "logits_ptr target_ptr weight_ptr weight_sum_ptr report_ptr loss_ptr m_ptr exps_ptr "
         "scale_ptr dlogits_ptr"
     ).split(),
 )
@@ -239,24 +259,24 @@ jit = triton.jit(
 @jit
 def _loss_kernel(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, report_ptr,  # (N, V) (N,) (V,) () (2,)
-    loss_ptr, m_ptr, log_sum_ptr,                                    # (N,) fp32
+    loss_ptr, m_ptr, exps_ptr,                                    # (N,) fp32
     stride, target_stride, smoothing, ignore, V,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # row * V passes 2**31 at 42,731 rows of GPT-2
     options = (weight_ptr, weight_sum_ptr, smoothing)
     of_row = _row(target_ptr, options, report_ptr, row, target_stride, ignore, V)
-    loss, m, log_sum = _loss(logits_ptr + row * stride, options, of_row, V, BLOCK, STAGES)
+    loss, m, exps = _loss(logits_ptr + row * stride, options, of_row, V, LANES)
     tl.store(loss_ptr + row, loss)
     tl.store(m_ptr + row, m)
-    tl.store(log_sum_ptr + row, log_sum)
+    tl.store(exps_ptr + row, exps)
 
 
 @jit
 def _gradient_kernel(
-    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, m_ptr, log_sum_ptr, scale_ptr, dlogits_ptr,
+    logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, m_ptr, exps_ptr, scale_ptr, dlogits_ptr,
     stride, target_stride, scale_stride, smoothing, ignore, V,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     options = (weight_ptr, weight_sum_ptr, smoothing)
@@ -264,7 +284,7 @@ def _gradient_kernel(
     scale = tl.load(scale_ptr + row * scale_stride).to(tl.float32)
     _gradient(
         logits_ptr + row * stride, dlogits_ptr + row * stride, options, of_row,
-        tl.load(m_ptr + row), tl.load(log_sum_ptr + row), scale, V, BLOCK, STAGES,
+        tl.load(m_ptr + row), tl.load(exps_ptr + row), scale, V, LANES,
     )
 
 
@@ -272,30 +292,29 @@ def _gradient_kernel(
 def _in_place_kernel(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, report_ptr, scale_ptr, loss_ptr,
     stride, target_stride, scale_stride, smoothing, ignore, N, V,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     options = (weight_ptr, weight_sum_ptr, smoothing)
     for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
         of_row = _row(target_ptr, options, report_ptr, row, target_stride, ignore, V)
         x_ptr = logits_ptr + row * stride
-        loss, m, log_sum = _loss(x_ptr, options, of_row, V, BLOCK, STAGES)
+        loss, m, exps = _loss(x_ptr, options, of_row, V, LANES)
         tl.store(loss_ptr + row, loss)
         scale = 1.0
         if scale_ptr is not None:
             scale = tl.load(scale_ptr + row * scale_stride).to(tl.float32)
         tl.debug_barrier()  # every thread has read the row, x_t too, before any writes to it
-        _gradient(x_ptr, x_ptr, options, of_row, m, log_sum, scale, V, BLOCK, STAGES)
+        _gradient(x_ptr, x_ptr, options, of_row, m, exps, scale, V, LANES)
 
 
 # ------------------------------------------------------------------ autograd
 
 
-def _tile(V: int, weighted: bool) -> dict[str, int]:
-    """Few columns need few threads. Over a vocabulary two programs fit on an SM (64 registers a
-    thread on triton 3.6) with two blocks each in flight, 32 KB of bf16; with class weights, one."""
-    wide = (2048, 2, 4) if V <= 8192 else (4096, 3 - weighted, 16)
-    block, stages, warps = (256, 1, 1) if V <= 512 else wide
-    return {"BLOCK": block, "STAGES": stages, "num_warps": warps, "enable_fp_fusion": True}
+def _tile(V: int) -> dict[str, int]:
+    """Few columns need few threads. Over a vocabulary a thread has two units, 32 bytes, under way:
+    64 registers, so that four programs fit on an SM."""
+    lanes, warps = (32, 1) if V <= 512 else (256, 4) if V <= 8192 else (512, 8)
+    return {"LANES": lanes, "num_warps": warps, "enable_fp_fusion": True}
 
 
 def _check_kernel(logits: Tensor, target: Tensor, weight: Tensor | None) -> None:
@@ -327,8 +346,7 @@ def _empty_like(x: Tensor) -> Tensor:
 def _launch(kernel, programs: int, logits: Tensor, target: Tensor, weight: Tensor | None, *args):
     if programs:
         with torch.cuda.device_of(logits):
-            tile = _tile(logits.shape[1], weight is not None)
-            kernel[(programs,)](logits, target, weight, *args, **tile)
+            kernel[(programs,)](logits, target, weight, *args, **_tile(logits.shape[1]))
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -432,7 +450,7 @@ def _launches():
     cases = [("bf16", 50257, ""), ("fp16", 50257, ""), ("fp32", 50257, ""), ("bf16", 2, ""),
              ("bf16", 5000, ""), ("bf16", 50257, ", every option")]  # fmt: skip
     for dtype, V, full in cases:
-        tile = _tile(V, bool(full))
+        tile = _tile(V)
         options = {k: tile.pop(k) for k in ("num_warps", "enable_fp_fusion")}
         w, e, report, scale = ("*fp32 *fp32", "fp32", "*i64", "*fp32") if full else [""] * 4
         off = dict.fromkeys([] if full else ["weight_ptr", "weight_sum_ptr", "smoothing"])
