@@ -3,10 +3,12 @@
 import pytest
 import torch
 from accuracy import DEVICE
-from launches import compilations, recorded
+from kit import guarded
+from launches import compilations, launches_are_declared, recorded
 
+from minift.kernels import adamw_step as module
 from minift.kernels.adamw import AdamW, grad_norm
-from minift.kernels.adamw_step import LAUNCHES, SCALARS, launch_step
+from minift.kernels.adamw_step import SCALARS, launch_step
 from minift.kernels.param_table import BLOCK, KINDS, SPAN, ParamTable
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -84,47 +86,46 @@ def test_launches_are_those_that_are_declared():
     seen = stepped([3000], [torch.float32]) + stepped([3000], [torch.bfloat16], max_grad_norm=1.0)
     with recorded(run=False) as norm:
         grad_norm([p])
-
-    def words(name, types, constexprs, options):
-        return name, types, tuple(sorted(constexprs.items())), tuple(sorted(options.items()))
-
-    declared = {words(x.kernel.fn.__name__, x.types, x.constexprs, x.options) for x in LAUNCHES}
-    launched = {words(x.kernel, x.types, dict(x.constexprs), dict(x.options)) for x in seen + norm}
-    assert launched == declared
+    assert launches_are_declared(seen + norm, module) == {launch.name for launch in module.LAUNCHES}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "offset"), [(torch.bfloat16, 1), (torch.float32, 1), *((x, 0) for x in DTYPES)]
+)
 def test_every_size_and_address_and_nothing_beside_it(dtype, offset):
-    """Views into one buffer of NaN: sizes about a chunk, at addresses full of 16 bytes and not.
+    """Sizes about a chunk and about its parts, at multiples of 16 bytes and between them: weight,
+    moments and master are written, each to its last element, and nothing is beside them.
 
-    All elements take the same step: of lr against a gradient of 1. What lies between stays NaN.
+    A gradient of 1 makes every step one of lr; other elements' gradients have a mark.
     """
-    sizes = [0, 1, 7, BLOCK - 1, BLOCK, BLOCK + 1]
-    buffer = torch.full((4 * BLOCK + 64 * len(sizes),), torch.nan, dtype=dtype, device=DEVICE)
-    views, at = [], 0
-    for n in sizes:
-        at = (at + 8 + 7) // 8 * 8 + offset
-        views.append(buffer[at : at + n])
-        at += n
-    inside = torch.zeros_like(buffer, dtype=torch.bool)
-    for view in views:
-        view.fill_(1.0)
-        start = view.storage_offset()
-        inside[start : start + len(view)] = True
-    aligned = [view.data_ptr() % 16 == 0 for view in views if len(view)]
-    assert all(aligned) if offset == 0 else not any(aligned)
-    parameters = [view.requires_grad_() for view in (v.detach() for v in views)]
+    part = BLOCK // 8
+    sizes = [0, 1, part, BLOCK - 1, BLOCK, BLOCK + part + 1]
+    weights, grads = ([guarded(torch.full((n,), x, dtype=dtype, device=DEVICE), offset)
+                       for n in sizes] for x in (1.0, 2.0))  # fmt: skip
+    parameters = [guard.tensor.requires_grad_() for guard in weights]
     optimizer = AdamW(parameters, lr=0.5, weight_decay=0.0, max_grad_norm=float("inf"))
-    gradients = buffer.new_full((sum(sizes) + 8,), 1.0)
-    for p, start in zip(parameters, torch.tensor([0, *sizes]).cumsum(0).tolist(), strict=False):
-        p.grad = gradients[start + offset :][: p.numel()]
+    kept = []
+    for p, g in zip(parameters, grads, strict=True):
+        g.tensor[-1:] *= 4  # the last one counts in the norm, and moves by lr as the others do
+        p.grad = g.tensor
+        names = ["exp_avg", "exp_avg_sq"] + ["master"] * (dtype != torch.float32)
+        state = {name: guarded(torch.zeros(len(p), device=DEVICE), offset) for name in names}
+        if "master" in state:
+            state["master"].tensor.fill_(1.0)
+        kept += state.values()
+        optimizer.state[p] = {name: guard.tensor for name, guard in state.items()}
     optimizer.step()
-    assert buffer[~inside].isnan().all()
-    torch.testing.assert_close(buffer[inside], torch.full_like(buffer[inside], 0.5))
-    assert torch.equal(gradients, torch.ones_like(gradients))
-    assert optimizer.grad_norm.item() == pytest.approx(sum(sizes) ** 0.5)
-    assert [optimizer.state[p]["step"].item() for p in parameters] == [1.0] * len(sizes)
+    for guard in (*weights, *grads, *kept):
+        guard.assert_untouched()
+    for p, g in zip(parameters, grads, strict=True):
+        wide, state = g.tensor.float(), optimizer.state[p]
+        torch.testing.assert_close(p.detach(), torch.full_like(p, 0.5))
+        torch.testing.assert_close(state["exp_avg"], 0.1 * wide)
+        torch.testing.assert_close(state["exp_avg_sq"], 0.001 * wide * wide)
+        assert state["step"].item() == 1
+        assert set(wide[:-1].tolist()) <= {2.0}
+    squares = sum(4 * (n - 1) + 64 for n in sizes if n)
+    assert optimizer.grad_norm.item() == pytest.approx(squares**0.5)
 
 
 def test_more_parameters_than_one_block_of_them():
