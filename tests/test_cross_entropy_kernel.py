@@ -60,6 +60,7 @@ def out_of_place(logits, *args, **options):
     with empty_is_poisoned():
         losses, grad = with_autograd(cross_entropy, logits, *args, **options)
     Guarded(grad, grad.new_zeros(0).set_(grad.untyped_storage())).assert_untouched()
+    assert grad.data_ptr() % 16 == logits.data_ptr() % 16  # its rows are cut as those of logits
     return losses, grad
 
 
@@ -162,6 +163,17 @@ def test_targets_and_scales_of_any_stride(stride):
     loss_ = cross_entropy_(grad_ := logits.clone(), strided, row_scale=scale)
     for a, e in ((loss, expected), (loss_, expected), (grad, expected_grad), (grad_, grad)):
         torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_weights_of_any_dtype_and_stride(dtype):
+    """They are brought to fp32, side by side."""
+    logits, target = make(7, torch.float32)
+    weight = (torch.rand(14, device=DEVICE) + 0.5).to(dtype)[::2]
+    check(logits, target, weight.float(), 0.1)
+    expected = in_place(logits, target, weight.float().clone(), 0.1)
+    for actual in both(logits, target, weight, 0.1):
+        torch.testing.assert_close(actual, expected)
 
 
 @given(st.integers(1, 300), st.sampled_from(DTYPES), st.lists(st.booleans(), min_size=4))
