@@ -535,6 +535,18 @@ def test_clipping_is_torchs():
         assert_as_accurate(p.detach(), torchs.detach(), exact.detach(), exact.abs().max().item())
 
 
+def test_tiny_norms_are_clipped_as_torch_clips_them():
+    """The 1e-6 beside the norm: a fourth where the norm is 3e-6; 0 and no NaN where it is 0."""
+    for size, bound, factor in ((3e-6, 1e-6, 0.25), (0.0, 0.0, 0.0), (1.0, 0.0, 0.0)):
+        p = torch.ones(1, device=DEVICE, requires_grad=True)
+        p.grad = torch.full_like(p, size)
+        optimizer = AdamW([p], max_grad_norm=bound)
+        optimizer.step()
+        expected = torch.full_like(p, 0.1 * size * factor)
+        torch.testing.assert_close(optimizer.state[p]["exp_avg"], expected, rtol=1e-6, atol=0)
+        assert not p.isnan()
+
+
 def test_inf_measures_and_does_not_clip():
     parameters, plain = parameters_of([(50,)]), parameters_of([(50,)])
     a, b = AdamW(parameters, max_grad_norm=float("inf")), AdamW(plain)
@@ -546,12 +558,12 @@ def test_inf_measures_and_does_not_clip():
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_a_norm_that_is_not_finite_skips_the_whole_step(bad):
-    """Nothing changes, not even a step count; the next good step is the second."""
+    """Nothing changes, not even a step count; the next good step is the third."""
     parameters = parameters_of([(9,), (4,)]) + parameters_of([(5,)], torch.bfloat16)
     optimizer = AdamW(parameters, max_grad_norm=1.0)
-    run(optimizer, parameters, range(1))
+    run(optimizer, parameters, range(2))
     before = copy.deepcopy((parameters, flat_state(optimizer)))
-    give_gradients(parameters, 1)
+    give_gradients(parameters, 2)
     with torch.no_grad():
         parameters[1].grad[2] = bad
     optimizer.step()
@@ -559,9 +571,9 @@ def test_a_norm_that_is_not_finite_skips_the_whole_step(bad):
     assert_same_bits(flat_state(optimizer), before[1])
     assert optimizer.skipped.item() == 1
     assert not torch.isfinite(optimizer.grad_norm)
-    run(optimizer, parameters, range(2, 3))
+    run(optimizer, parameters, range(3, 4))
     assert optimizer.skipped.item() == 1
-    assert optimizer.state[parameters[0]]["step"].item() == 2
+    assert optimizer.state[parameters[0]]["step"].item() == 3
     assert torch.isfinite(optimizer.grad_norm)
     assert all(torch.isfinite(p).all() for p in parameters)
 

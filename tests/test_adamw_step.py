@@ -5,6 +5,7 @@ import torch
 from accuracy import DEVICE
 from kit import guarded
 from launches import compilations, launches_are_declared, recorded
+from triton.runtime.interpreter import TensorHandle
 
 from minift.kernels import adamw_step as module
 from minift.kernels.adamw import AdamW, grad_norm
@@ -89,10 +90,44 @@ def test_launches_are_those_that_are_declared():
     assert launches_are_declared(seen + norm, module) == {launch.name for launch in module.LAUNCHES}
 
 
+@pytest.fixture
+def promises(monkeypatch):
+    """What tl.multiple_of promises to the compiler, held to it, as a GPU would: the pointers.
+
+    Only the interpreter can tell; on a GPU there are none.
+    """
+    seen = []
+
+    def set_attr(handle, name, values):
+        assert name == "tt.divisibility"
+        seen.append(int(handle.data.item()))
+        assert seen[-1] % values[0] == 0, f"promised a multiple of {values[0]}, got {seen[-1]}"
+
+    monkeypatch.setattr(TensorHandle, "set_attr", set_attr)
+    return seen
+
+
+@pytest.mark.parametrize("odd", range(6))
+def test_only_full_chunks_between_boundaries_are_promised_to_be_so(promises, odd):
+    """One of gradient, weight, moments and master at an odd address, or none."""
+    p, g, m, v, master = (
+        guarded(torch.ones(BLOCK, device=DEVICE).to(dtype), int(i == odd)).tensor
+        for i, dtype in enumerate([torch.bfloat16, torch.bfloat16, *[torch.float32] * 3])
+    )
+    p.requires_grad_().grad = g
+    optimizer = AdamW([p], lr=0.5, max_grad_norm=1.0)
+    optimizer.state[p] = {"exp_avg": m, "exp_avg_sq": v, "master": master}
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(BLOCK**0.5)
+    if DEVICE == "cpu":
+        written = {x.data_ptr() for x in (p, m, v, master)}
+        assert written & set(promises) == (written if odd == 5 else set())
+
+
 @pytest.mark.parametrize(
     ("dtype", "offset"), [(torch.bfloat16, 1), (torch.float32, 1), *((x, 0) for x in DTYPES)]
 )
-def test_every_size_and_address_and_nothing_beside_it(dtype, offset):
+def test_every_size_and_address_and_nothing_beside_it(promises, dtype, offset):
     """Sizes about a chunk and about its parts, at multiples of 16 bytes and between them: weight,
     moments and master are written, each to its last element, and nothing is beside them.
 
