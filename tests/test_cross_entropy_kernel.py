@@ -165,7 +165,7 @@ def test_targets_and_scales_of_any_stride(stride):
         torch.testing.assert_close(a, e)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_weights_of_any_dtype_and_stride(dtype):
     """They are brought to fp32, side by side."""
     logits, target = make(7, torch.float32)
