@@ -32,30 +32,33 @@ def _keep(a: Tensor, b: Tensor, x: Tensor, p: float, dtype: torch.dtype) -> Tens
     return torch.ge(words, threshold(p), out=torch.empty(words.shape, dtype=dtype, device=x.device))
 
 
-class _Drop(torch.autograd.Function):
-    """x * keep * scale. By hand, because autograd would round the scale to the dtype of x: in bf16
-    1 / (1 - 0.1) becomes 0.16 % too small. As a factor of its own it is multiplied in fp32."""
+class _AddDropped(torch.autograd.Function):
+    """residual + x * keep * scale, in one pass. By hand, because autograd would round the scale to
+    the dtype of x: in bf16 1 / (1 - 0.1) becomes 0.16 % too small. `addcmul` computes in fp32."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, keep: Tensor, scale: float) -> Tensor:
+    def forward(ctx, residual: Tensor, x: Tensor, keep: Tensor, scale: float) -> Tensor:
         ctx.save_for_backward(keep)
         ctx.scale = scale
-        return (x * keep).mul_(scale)
+        return torch.addcmul(residual, x, keep, value=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout: Tensor):
         (keep,) = ctx.saved_tensors
-        return (dout * keep).mul_(ctx.scale), None, None
+        dx = torch.addcmul(dout.new_zeros(()), dout, keep, value=ctx.scale)
+        return dout, dx, None, None
+
+
+def _add_dropped(residual: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
+    a, b = (words[:, :1] for words in row_words(dropout))
+    keep = _keep(a, b, dropout.columns[: x.shape[1]], dropout.p, x.dtype)
+    return _AddDropped.apply(residual, x, keep, 1 / (1 - dropout.p))
 
 
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """See `minift.kernels.dropout.dropout_ref`: (T, C) -> (T, C). None drops nothing."""
-    if dropout is None:
-        return x
-    a, b = (words[:, :1] for words in row_words(dropout))
-    keep = _keep(a, b, dropout.columns[: x.shape[1]], dropout.p, x.dtype)
-    return _Drop.apply(x, keep, 1 / (1 - dropout.p))
+    return x if dropout is None else _add_dropped(x.new_zeros(()), x, dropout)
 
 
 # ---------------------------------------------------------------- attention
@@ -164,6 +167,42 @@ def attention(
 # ------------------------------------------------------- between the matmuls
 
 
+class _MixedNorm(torch.autograd.Function):
+    """LayerNorm of bf16 rows with fp32 parameters. Torch's own backward on a CPU adds up the
+    gradients of weight and bias in bf16, row by row: after 4096 rows they are 10 % off.
+    `Tensor.sum` adds up in fp32 and rounds once."""
+
+    @staticmethod
+    def forward(ctx, s: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(s, s.shape[1:], weight, bias, eps)
+        ctx.save_for_backward(s, weight, bias, mean, rstd)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        s, weight, bias, mean, rstd = ctx.saved_tensors
+        need_s, need_weight, need_bias, _ = ctx.needs_input_grad
+        ds = dweight = dbias = None
+        if need_s:
+            backward = torch.ops.aten.native_layer_norm_backward
+            of_s = [True, False, False]
+            ds = backward(dy.contiguous(), s, s.shape[1:], mean, rstd, weight, bias, of_s)[0]
+        if need_weight:
+            dweight = F.layer_norm(s, s.shape[1:], eps=ctx.eps).mul_(dy).sum(0)
+        if need_bias:
+            dbias = dy.sum(0)
+        return ds, dweight, dbias, None
+
+
+def _layer_norm(s: Tensor, norm: Norm) -> Tensor:
+    weight, bias, eps = norm
+    if s.dtype == weight.dtype:
+        return F.layer_norm(s, s.shape[1:], weight, bias, eps)
+    return _MixedNorm.apply(s, weight, bias, eps)
+
+
 def add_norm(
     x: Tensor,
     residual: Tensor,
@@ -174,8 +213,8 @@ def add_norm(
     """See `minift.kernels.add_norm.add_norm_ref`: the normed sum and the sum, (T, C) each."""
     check_add_norm(x, residual, norm)
     x = x if bias is None else x + bias.to(x.dtype)
-    s = residual + drop(x, dropout)
-    return F.layer_norm(s, s.shape[1:], norm.weight, norm.bias, norm.eps), s
+    s = residual + x if dropout is None else _add_dropped(residual, x, dropout)
+    return _layer_norm(s, norm), s
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
