@@ -123,16 +123,20 @@ def test_only_wanted_gradients_are_made(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
 def test_any_strides(dtype, p):
-    """Transposed inputs and upstream gradients that are one number, as `sum` sends."""
-    inputs, _ = make(24, 16, dtype)
+    """Transposed inputs and upstream gradients; and one number for all, as `sum` sends."""
+    inputs, upstream = make(24, 16, dtype)
     inputs[2:] = [i.float() for i in inputs[2:]]
     one = torch.ones((), dtype=dtype, device=DEVICE).expand(24, 16)
     dropout = drawn(24, 16, p)[0] if p else None
-    expected = run(TORCH.add_norm, inputs, (one.clone(), one.clone()), True, dropout=dropout)
-    inputs[:2] = [i.T.contiguous().T for i in inputs[:2]]
-    actual = run(TORCH.add_norm, inputs, (one, one), True, dropout=dropout)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
+    turned = [i.T.contiguous().T for i in inputs[:2]] + inputs[2:]
+    for dy, ds in (upstream, (one, one)):
+        expected = run(
+            TORCH.add_norm, inputs, (dy.contiguous(), ds.contiguous()), True, dropout=dropout
+        )
+        dy, ds = (dy, ds) if dy is one else (g.T.contiguous().T for g in (dy, ds))
+        actual = run(TORCH.add_norm, turned, (dy, ds), True, dropout=dropout)
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e)
 
 
 def test_eps_is_added_to_the_variance():
