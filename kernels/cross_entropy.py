@@ -32,8 +32,6 @@ Source      Milakov & Gimelshein 2018, arXiv:1805.02867 (online softmax);
             Szegedy et al. 2015, arXiv:1512.00567, section 7 (label smoothing).
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -41,6 +39,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .launch import Launch, can_launch
+from .target_report import TargetReport
 
 IGNORE_INDEX = -100
 L2_BYTES = 40 << 20  # what rows in flight may fill: an H100 or H200 has 50 MB
@@ -76,34 +75,6 @@ def cross_entropy_ref(
     if label_smoothing:  # 0 * inf, where a class is masked by -inf, is not 0
         loss = loss - label_smoothing * (weight * logp).mean(-1)
     return torch.where(target == ignore_index, 0.0, loss)
-
-
-@dataclass(frozen=True, eq=False)
-class TargetReport:
-    """What was seen of the targets, in device memory: who reads a loss that is not finite calls
-    `check()`, and nobody waits before."""
-
-    words: Tensor  # (2,) int64: valid targets so far; 0, or (row + 1) << 32 | low half of a bad one
-
-    @staticmethod
-    def on(device: torch.device | str) -> "TargetReport":
-        return TargetReport(torch.zeros(2, dtype=torch.int64, device=device))
-
-    @property
-    def counted(self) -> int:
-        """Targets in range and not ignored, in all calls since the report was made."""
-        return self.words[0].item()
-
-    def check(self) -> None:
-        """Raises ValueError if a target was out of range."""
-        row, low = divmod(self.words[1].item(), 1 << 32)
-        if row:
-            raise bad_target(row - 1, low - (low >> 31 << 32))
-
-
-def bad_target(row: int, target: int) -> ValueError:
-    """The error for a target that is no class."""
-    return ValueError(f"row {row}: expected a class or the ignored index as target, got {target}")
 
 
 def check_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None = None) -> None:

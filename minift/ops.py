@@ -14,9 +14,10 @@ import torch
 from . import torch_ops
 from .kernels.adamw import AdamW
 from .kernels.add_norm import Norm
-from .kernels.cross_entropy import IGNORE_INDEX, TargetReport, cross_entropy
+from .kernels.cross_entropy import IGNORE_INDEX, cross_entropy
 from .kernels.dropout import Draw, Dropout, draw_dropout
 from .kernels.layout import Layout
+from .kernels.target_report import TargetReport
 from .torch_ops import clip_in_step
 
 __all__ = [

@@ -15,15 +15,11 @@ from torch.autograd.function import once_differentiable
 from .kernels.add_norm import Norm, check_add_norm
 from .kernels.attention import check_attention
 from .kernels.bias_gelu import check_bias_gelu
-from .kernels.cross_entropy import (
-    IGNORE_INDEX,
-    TargetReport,
-    bad_target,
-    check_cross_entropy,
-)
+from .kernels.cross_entropy import IGNORE_INDEX, check_cross_entropy
 from .kernels.dropout import Dropout, row_words, threshold
 from .kernels.embed import check_embed
 from .kernels.layout import Group, Layout
+from .kernels.target_report import TargetReport, bad_target
 
 
 def _keep(a: Tensor, b: Tensor, x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
