@@ -266,7 +266,8 @@ def _in_place_kernel(
     LANES: tl.constexpr,
 ):
     options = (weight_ptr, weight_sum_ptr, smoothing)
-    for row in range(tl.program_id(0).to(tl.int64), N, tl.num_programs(0)):
+    for i in range(tl.program_id(0), N, tl.num_programs(0)):
+        row = tl.cast(i, tl.int64)
         of_row = _row(target_ptr, options, report_ptr, row, target_stride, ignore, V)
         x_ptr = logits_ptr + row * stride
         loss, m, exps = _loss(x_ptr, options, of_row, V, LANES)

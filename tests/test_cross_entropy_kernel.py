@@ -410,6 +410,14 @@ def test_rows_beyond_two_thousand_million_elements():
     expected = with_autograd(cross_entropy_ref, logits.clone(), target)
     for a, e in zip(with_autograd(cross_entropy, logits, target), expected, strict=True):
         torch.testing.assert_close(a, e)
+    loss = cross_entropy_(logits, target, row_scale=upstream())
+    for a, e in zip((loss, logits), expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_the_widest_vocabulary():
+    """262,144 columns, 64 steps of all lanes."""
+    check(*make(262144, torch.bfloat16, ignored=(), rows=1))
 
 
 def test_more_rows_in_flight_than_the_cache_holds(monkeypatch):
