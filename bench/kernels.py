@@ -5,7 +5,8 @@
 
 A contender is held to the definition in fp64 first: at most twice the error of the definition in
 the same dtype, plus one unit in the last place. One that is wrong is reported and not timed; a peer
-may have ten times that error and is timed with a note.
+may have a thousand times that error and is timed with a note: torch's norm of 11.7 million fp32
+numbers on a CPU is 4e-4 off, 460 times what is allowed.
 
 The floor is the time in which the bytes (or flops) that a case must move pass at the ceiling:
 "of 4.8" is the share of that rate that a contender reaches at the nominal bandwidth, "of copy" at
@@ -37,7 +38,7 @@ from bench.operations import BF16, FP32, Absent, Case, Inputs
 RESULTS = ROOT / "bench" / "results" / "kernels.jsonl"
 SPEED = {"blocks": 5, "runs": 20, "block_ms": 50.0}
 QUICK = {"blocks": 2, "runs": 3, "block_ms": 5.0}
-PEER_ERROR = 10.0  # over the allowed one
+PEER_ERROR = 1000.0  # over the allowed one
 COLUMNS = f"  {'':<14}{'ms':>9} {'20 .. 80 %':>18}{'of 4.8':>8}{'of copy':>8}{'x best':>8}"
 
 

@@ -230,7 +230,7 @@ jit = triton.jit(
 @jit
 def _loss_kernel(
     logits_ptr, target_ptr, weight_ptr, weight_sum_ptr, report_ptr,  # (N, V) (N,) (V,) () (2,)
-    loss_ptr, m_ptr, exps_ptr,                                    # (N,) fp32
+    loss_ptr, m_ptr, exps_ptr,                                       # (N,) fp32
     stride, target_stride, smoothing, ignore, V,
     LANES: tl.constexpr,
 ):
@@ -315,10 +315,10 @@ def _empty_like(x: Tensor) -> Tensor:
     return flat.as_strided(x.shape, x.stride(), past)
 
 
-def _launch(kernel, programs: int, logits: Tensor, target: Tensor, weight: Tensor | None, *args):
+def _launch(row_kernel, programs: int, logits: Tensor, target: Tensor, weight, *args):
     if programs:
         with torch.cuda.device_of(logits):
-            kernel[(programs,)](logits, target, weight, *args, **_tile(logits.shape[1]))
+            row_kernel[(programs,)](logits, target, weight, *args, **_tile(logits.shape[1]))
 
 
 class _CrossEntropy(torch.autograd.Function):

@@ -10,7 +10,6 @@ import torch
 from accuracy import DEVICE, assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.testing._internal.common_optimizers import optim_db
 
 from minift.kernels.adamw import AdamW, adamw_ref, grad_norm
 from minift.ops import TORCH, TRITON
@@ -214,6 +213,10 @@ def assert_same_bits(a, b):
 
 def supported():
     """torch's own inputs for AdamW, all but amsgrad."""
+    try:
+        from torch.testing._internal.common_optimizers import optim_db
+    except ModuleNotFoundError:  # it imports expecttest; then the test is skipped
+        return
     info = next(info for info in optim_db if info.optim_cls is torch.optim.AdamW)
     for given_input in info.optim_inputs_func(device=DEVICE):
         options = {k: v for k, v in given_input.kwargs.items() if k != "capturable"}
