@@ -89,10 +89,10 @@ def mutants(source: str) -> dict[str, str]:
     return found
 
 
-def passes(folder: Path, test: str, seconds: float) -> bool:
+def passes(folder: Path, tests: list[str], seconds: float) -> bool:
     """Whether the tests of a copy pass, in time. A crash is a failure."""
     env = os.environ | {"PYTHONPATH": str(folder / "path"), "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", test]
+    command = [sys.executable, "-P", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=folder, env=env, timeout=seconds, capture_output=True)
     except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ def copy_of(root: Path, folder: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("file", help="such as kernels/cross_entropy.py")
-    parser.add_argument("test", help="such as tests/test_cross_entropy.py")
+    parser.add_argument("tests", nargs="+", help="such as tests/test_cross_entropy.py")
     parser.add_argument("--sample", type=int, metavar="N", help="so many of them, always the same")
     parser.add_argument("--seconds", type=float, default=300, help="that the tests may take")
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
@@ -129,11 +129,11 @@ def main() -> int:
     wrong = 0
     with tempfile.TemporaryDirectory() as folder:
         copy_of(args.root, Path(folder))
-        if not passes(Path(folder), args.test, args.seconds):
-            parser.error(f"expected {args.test} to pass as it is: run it first")
+        if not passes(Path(folder), args.tests, args.seconds):
+            parser.error(f"expected {' '.join(args.tests)} to pass as they are: run it first")
         for name in names:
             (Path(folder) / args.file).write_text(found[name], "utf-8")
-            noticed = not passes(Path(folder), args.test, args.seconds)
+            noticed = not passes(Path(folder), args.tests, args.seconds)
             wrong += not noticed and name not in allowed
             said = "noticed" if noticed else "allowed" if name in allowed else "SURVIVES"
             print(f"{said:<8}  {name}", flush=True)

@@ -95,7 +95,7 @@ GOOD, POOR, WRONG = "f(2) == 3", "f(0) > -2", "f(2) == 4"
     [
         (GOOD, "", 0, "0 of 3 mutants survive unallowed"),
         (POOR, "# why\nf: n + 1 -> n\n", 1, "n - 1\nallowed   f: n + 1 -> n\nSURVIVES"),
-        (WRONG, "", 2, "expected tests/test_f.py to pass as it is"),
+        (WRONG, "", 2, "expected tests/test_f.py to pass as they are"),
         (None, "", 2, "expected functions in minift/f.py, got none that may change"),
     ],
     ids=["good tests", "poor tests", "wrong tests", "nothing"],
