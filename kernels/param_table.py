@@ -8,7 +8,8 @@
                           leaves the parameter as it is           dtype first chunk
 
     chunk        0  1  2  3  4        A chunk is BLOCK elements of one parameter; the last one of
-    owner        0  0  0  1  2        a parameter may be shorter. One program works on one chunk.
+    owner        0  0  0  1  2        a parameter may be shorter. A program updates one chunk, or
+                                      adds up the squares of SPAN gradients' chunks.
 
 Parameters keep their own storage. Owners and sizes are made when the set of parameters changes;
 addresses when one of them does, which is seldom, as allocators hand out the same blocks again.
