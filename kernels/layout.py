@@ -8,6 +8,22 @@ Layout      B sequences are laid end to end on one axis of T rows; nothing is pa
             A layout may end in slack rows that belong to no sequence (T > cu_seqlens[B]):
             operations may compute there, and attention returns zeros.
 
+Spans       The attention kernels take their work from a list. A span is a piece of one sequence
+            and all that a program must know of it, five numbers:
+
+                first row of the piece, counted in the sequence
+                begin and end of the sequence's query rows
+                begin and end of its key rows
+
+            Sequences of up to SHORT queries and keys are one span each, `short`. Longer ones are
+            cut every SPAN rows: `long` lists the queries, `long_keys` the keys. The longest come
+            first, so that the last programs to run are small. How a sequence is cut depends on its
+            own length and on nothing beside it. Slack rows are spans too, of queries that see no
+            key and of keys that no query sees: that is how they come out as zeros. An empty
+            sequence has no span.
+            A captured step needs lists of the same length for every batch of a bucket: `pack` pads
+            them with spans of no rows to what any such batch could need.
+
 Groups      Without a kernel that understands cu_seqlens, attention is a batched matrix product, and
             a batch wants equal lengths. Neighbours of like length share one product, padded to the
             longest of them: sort sequences by length and the padding is small. A group of equal
@@ -17,14 +33,18 @@ All of it is computed on the host when a batch is put together: no operation sor
 nonzeros or waits for the device.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 # What one more group costs, in scores: a group is about ten small launches. Measured on a CPU.
 GROUP_OVERHEAD = 2048
+SHORT = 64  # a sequence of so many queries and keys at most is one span
+SPAN = 128  # rows of a span of a longer one
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,34 +65,53 @@ class Layout:
     """B sequences end to end. Make one with `Layout.pack`."""
 
     lengths: tuple[int, ...]      # (B,) rows of each sequence, on the host
+    key_lengths: tuple[int, ...]  # (B,) of its keys and values: the same, but for a cache
     cu_seqlens: Tensor            # (B + 1,) int32: b is rows cu_seqlens[b] : cu_seqlens[b + 1]
     rows: int                     # T, slack included
+    key_rows: int                 # of keys and values
     first: Tensor                 # (B,) int64: first row of each sequence that has one
     last: Tensor                  # (B,) int64: last row of each sequence that has one
     groups: tuple[Group, ...]
+    short: Tensor                 # (spans, 5) int32: sequences of one span
+    long: Tensor                  # (spans, 5) int32: queries of the others
+    long_keys: Tensor             # (spans, 5) int32: their keys
 
     @staticmethod
-    def pack(lengths: list[int], rows: int | None = None) -> "Layout":
+    def pack(
+        lengths: Sequence[int], rows: int | None = None, key_lengths: Sequence[int] | None = None,
+        key_rows: int | None = None, bucket: tuple[int, int] | None = None,
+    ) -> "Layout":
         """The layout of sequences of these lengths.
 
         Args:
             lengths: rows of each sequence; 0 is allowed and owns no row.
             rows: T, at least the sum of lengths, to leave slack rows at the end. Default: the sum.
+            key_lengths, key_rows: the same of keys and values, where they are others.
+            bucket: (sequences, longest): the shapes of all tensors are then those of every batch
+                of as many rows and at most so many sequences, none longer than that.
 
         Raises:
-            ValueError: a length is negative, or `rows` is too small.
+            ValueError: a length is negative, or does not fit `rows` or the bucket.
         """
-        ends = [0, *accumulate(lengths)]
-        rows = ends[-1] if rows is None else rows
-        if min(lengths, default=0) < 0 or rows < ends[-1]:
-            raise ValueError(f"expected lengths >= 0 that fit {rows} rows, got {list(lengths)}")
+        same = key_lengths is None
+        if bucket is not None:
+            lengths = _filled(lengths, *bucket)
+            key_lengths = None if same else _filled(key_lengths, *bucket)
+        ends = _ends(lengths, rows)
+        key_ends = ends if same else _ends(key_lengths, key_rows)
+        if len(ends) != len(key_ends):
+            counts = f"{len(key_lengths)} for {len(lengths)} sequences"
+            raise ValueError(f"expected a key length for each sequence, got {counts}")
         return Layout(
             lengths=tuple(lengths),
-            cu_seqlens=torch.tensor(ends, dtype=torch.int32),
-            rows=rows,
-            first=torch.tensor(ends[:-1], dtype=torch.int64),
-            last=torch.tensor([end - 1 for end in ends[1:]], dtype=torch.int64),
+            key_lengths=tuple(lengths if same else key_lengths),
+            cu_seqlens=torch.tensor(ends[:-1], dtype=torch.int32),
+            rows=ends[-1],
+            key_rows=key_ends[-1],
+            first=torch.tensor(ends[:-2], dtype=torch.int64),
+            last=torch.tensor([end - 1 for end in ends[1:-1]], dtype=torch.int64),
             groups=tuple(_groups([length for length in lengths if length])),
+            **_spans(ends, key_ends, same, bucket),
         )
 
     @property
@@ -89,6 +128,69 @@ def _moved(record, device):
     tensors = {f.name: getattr(record, f.name) for f in fields(record)}
     tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     return replace(record, **{n: t.to(device, non_blocking=True) for n, t in tensors.items()})
+
+
+def _ends(lengths, rows):
+    """Where each sequence ends, from 0 on, and T."""
+    ends = [0, *accumulate(lengths)]
+    rows = ends[-1] if rows is None else rows
+    if min(lengths, default=0) < 0 or rows < ends[-1]:
+        raise ValueError(f"expected lengths >= 0 that fit {rows} rows, got {list(lengths)}")
+    return [*ends, rows]
+
+
+def _filled(lengths, sequences, longest):
+    """With empty sequences at the end."""
+    if len(lengths) > sequences or max(lengths, default=0) > longest:
+        limit = f"at most {sequences} sequences, none longer than {longest}"
+        raise ValueError(f"expected {limit}, got {list(lengths)}: choose a larger bucket")
+    return [*lengths, *[0] * (sequences - len(lengths))]
+
+
+class _Piece(NamedTuple):
+    """A sequence: its rows of queries, and of keys."""
+
+    begin: int
+    end: int
+    key_begin: int
+    key_end: int
+
+    @property
+    def length(self) -> int:
+        return max(self.end - self.begin, self.key_end - self.key_begin)
+
+
+def _spans(ends, key_ends, same, bucket):
+    """The three lists of spans, as tensors."""
+    pieces = map(_Piece, ends[:-2], ends[1:-1], key_ends[:-2], key_ends[1:-1])
+    pieces = sorted(pieces, key=lambda piece: -piece.length)
+    short = [piece for piece in pieces if piece.length <= SHORT]
+    long = pieces[: len(pieces) - len(short)]
+    any_long = bool(long) if bucket is None else bucket[1] > SHORT
+    queries, keys = ends[-2:], key_ends[-2:]  # where the slack rows begin and end
+    slack = _Piece(*queries, keys[0], keys[0]), _Piece(queries[0], queries[0], *keys)
+    (long if any_long else short).extend(slack)  # where a kernel is launched anyway
+    lists = {
+        "short": [(0, *p) for p in short if p.length],
+        # Under a causal mask the last queries see most keys, the first keys are seen by most.
+        "long": [(i, *p) for p in long for i in reversed(range(0, p.end - p.begin, SPAN))],
+        "long_keys": [(i, *p) for p in long for i in range(0, p.key_end - p.key_begin, SPAN)],
+    }
+    room = {} if bucket is None else _room(ends[-1], key_ends[-1], same, *bucket)
+    for name, spans in lists.items():
+        padded = spans + [(0,) * 5] * (room.get(name, 0) - len(spans))
+        lists[name] = torch.tensor(padded, dtype=torch.int32).view(-1, 5)
+    return lists
+
+
+def _room(rows, key_rows, same, sequences, longest):
+    """The most spans of each list in a bucket, counting the slack rows as a sequence: n pieces of
+    N rows together have at most (N + (SPAN - 1) * n) / SPAN spans."""
+    if longest <= SHORT:
+        return {"short": sequences + 2}
+    n = min(sequences, (rows if same else rows + key_rows) // (SHORT + 1)) + 1
+    long, long_keys = ((total + (SPAN - 1) * n) // SPAN for total in (rows, key_rows))
+    return {"short": sequences, "long": long, "long_keys": long_keys}
 
 
 def _groups(lengths):
