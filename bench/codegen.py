@@ -178,7 +178,12 @@ def compile_launch(launch, arch: str):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = [name for name in launch.kernel.arg_names if name not in launch.constexprs]
+    from minift.kernels.launch import without_nvidia
+
+    older = launch.before_hopper if arch == "sm_80" else {}
+    given = {name: older.get(name, value) for name, value in launch.constexprs.items()}
+    options = launch.options | {name: x for name, x in older.items() if name not in given}
+    names = [name for name in launch.kernel.arg_names if name not in given]
     amd, signature, attrs = arch.startswith("gfx"), {}, {}
     for name, word in zip(names, launch.types.split(), strict=True):
         signature[name], _, aligned = word.partition(":")
@@ -187,10 +192,11 @@ def compile_launch(launch, arch: str):
             said.append(["tt.pointer_range", 32])
         if said:
             attrs[launch.kernel.arg_names.index(name),] = said
-    signature |= dict.fromkeys(launch.constexprs, "constexpr")
-    source = ASTSource(launch.kernel, signature, launch.constexprs, attrs)
+    signature |= dict.fromkeys(given, "constexpr")
+    source = ASTSource(launch.kernel, signature, given, attrs)
     gpu = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
-    return triton.compile(source, target=gpu, options=launch.options)
+    options = without_nvidia(options) if amd else options
+    return triton.compile(source, target=gpu, options=options)
 
 
 def judge(launch, arch: str) -> dict:

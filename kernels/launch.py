@@ -10,6 +10,9 @@ are called by kernels. Arguments are words, in the order of the signature withou
     i32 fp32    an integer, a float
 
 An argument that is None, or an integer that is 1, is a constexpr to the compiler: it stands there.
+
+Options are those of NVIDIA's compiler. AMD's has no such register limit and no such precision of
+products, and a launch that asks for them fails: they are left out there.
 """
 
 from dataclasses import dataclass, field
@@ -17,6 +20,10 @@ from typing import Any
 
 import torch
 import triton
+
+# maxnreg: registers a thread may have; default_dot_input_precision: "tf32x3", fp32 products as
+# three of tf32, which AMD's GPUs compute in fp32.
+NVIDIA_ONLY = ("maxnreg", "default_dot_input_precision")
 
 
 @dataclass(frozen=True)
@@ -30,12 +37,18 @@ class Launch:
     options: dict[str, Any] = field(default_factory=dict)  # num_warps, num_stages, ...
     streams: bool = True  # it moves whole tensors: its loads and stores must be 128 bits wide
     fp64: bool = False  # it computes in fp64 on purpose
+    before_hopper: dict[str, Any] = field(default_factory=dict)  # options that are others there
 
     @property
     def name(self) -> str:
         """ "cross_entropy.loss_kernel bf16", say."""
         function = self.kernel.fn
         return f"{function.__module__.rpartition('.')[2]}.{function.__name__} {self.label}"
+
+
+def without_nvidia(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a launch, without those that only NVIDIA's compiler takes."""
+    return {name: value for name, value in options.items() if name not in NVIDIA_ONLY}
 
 
 def can_launch(device: torch.device) -> bool:

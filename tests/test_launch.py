@@ -12,7 +12,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from minift.kernels.launch import Launch
+from minift.kernels.launch import NVIDIA_ONLY, Launch, without_nvidia
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -151,3 +151,38 @@ def test_what_differs_from_its_declaration_is_named(other):
 def test_a_module_that_launched_nothing_proves_nothing():
     with pytest.raises(AssertionError, match="nothing of test_launch was launched"):
         launches_are_declared([], declaring())
+
+
+# What each of these options is set to somewhere.
+NVIDIA_OPTIONS = {"maxnreg": 128, "default_dot_input_precision": "tf32x3"}
+
+
+def options_of(backend: str, arch: str | int) -> object:
+    """What a compiler makes of these options."""
+    target = GPUTarget(backend, arch, 32 if backend == "cuda" else 64)
+    name = {"cuda": "nvidia", "hip": "amd"}[backend]
+    return backends[name].compiler(target).parse_options(OPTIONS | NVIDIA_OPTIONS)
+
+
+def test_what_is_called_nvidias_is_refused_by_amd():
+    """Each is known to one compiler, as an option and with its value, and not to the other."""
+    assert set(NVIDIA_ONLY) == set(NVIDIA_OPTIONS)
+    nvidia, amd = options_of("cuda", 90), options_of("hip", "gfx942")
+    assert {name: getattr(nvidia, name) for name in NVIDIA_ONLY} == NVIDIA_OPTIONS
+    assert "tf32x3" in nvidia.allowed_dot_input_precisions
+    assert not hasattr(amd, "maxnreg")
+    assert "tf32x3" not in amd.allowed_dot_input_precisions
+
+
+def test_options_without_nvidias():
+    """The others stay, in a dict of their own."""
+    options = {"num_warps": 4, **NVIDIA_OPTIONS, "enable_fp_fusion": True}
+    assert without_nvidia(options) == {"num_warps": 4, "enable_fp_fusion": True}
+    assert set(NVIDIA_ONLY) < set(options)
+
+
+def test_the_interpreter_takes_them():
+    """It drops what is not a parameter of the kernel."""
+    x, y = torch.arange(16.0, device=DEVICE), torch.zeros(16, device=DEVICE)
+    copy_kernel[(1,)](x, y, 2.0, 16, 1, None, BLOCK=16, enable_fp_fusion=True, **NVIDIA_OPTIONS)
+    assert torch.equal(y, 2 * x)
