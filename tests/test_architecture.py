@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "minift/batch.py": {"ops"},
     "minift/layers.py": {"ops"},
     "minift/bert.py": {"config", "ops", "batch", "layers"},
+    "minift/explain.py": {"batch", "ops"},
     "minift/tokenizer.py": {"config", "files"},
     "minift/storage.py": {"files"},
     "minift/hub.py": {"storage"},
@@ -96,11 +97,23 @@ def test_only_the_command_line_prints(path):
     assert not prints or path in ("minift/cli.py", "minift/commands.py")
 
 
+def lines_of_code(path: str) -> int:
+    """Without blank lines, comments and docstrings, which are there to be read faster."""
+    text = (ROOT / path).read_text()
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    words = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            words |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    numbered = enumerate(map(str.strip, text.splitlines()), start=1)
+    return sum(bool(line) and line[0] != "#" and n not in words for n, line in numbered)
+
+
 def test_size():
     """It is read in an afternoon: files, functions and parameter lists stay short."""
     lines = {f: len((ROOT / f).read_text().splitlines()) for f in FILES}
     core = [f for f in FILES if f.startswith("kernels/") or f[7:-3] in CORE]
-    assert sum(lines[f] for f in core) < 3500
+    assert sum(map(lines_of_code, core)) < 3000
     for path in FILES:
         assert lines[path] <= 450, f"{path}: {lines[path]} lines"
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
@@ -123,6 +136,8 @@ def test_every_source_file_has_its_tests():
         "prepare": "run",
         "config": "config",
         "__main__": "cli",
+        "attention_backward": "attention_launches",
+        "attention_tiles": "attention_launches",
     }
     for path in FILES:
         name = Path(path).stem

@@ -7,7 +7,7 @@ from accuracy import DEVICE, assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minift.kernels.attention import attention_ref
+from minift.kernels.attention import attention_kv_ref, attention_ref
 from minift.kernels.dropout import dropout_keep
 from minift.ops import TORCH, Draw, Layout
 
@@ -55,12 +55,27 @@ def make(case, seed=0, dtype=torch.float64):
     return qkv.to(DEVICE, dtype), dout.to(DEVICE, dtype), layout
 
 
+def make_kv(lengths, key_lengths, H, Hk, D, slack=(0, 0), dtype=torch.float64):
+    """((q, k, v), upstream gradient, layout) where keys are of other lengths than queries."""
+    generator = torch.Generator().manual_seed(0)
+    rows, key_rows = sum(lengths) + slack[0], sum(key_lengths) + slack[1]
+    layout = Layout.pack(lengths, rows, key_lengths, key_rows).to(DEVICE)
+    shapes = [(rows, H, D), (key_rows, Hk, D), (key_rows, Hk, D), (rows, H, D)]
+    drawn = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    *inputs, dout = (x.to(DEVICE, dtype) for x in drawn)
+    return inputs, dout, layout
+
+
 def run(fn, qkv, dout, *args, **options):
     """Result and gradient of `fn`."""
-    qkv = qkv.detach().requires_grad_()
-    out = fn(qkv, *args, **options)
-    out.backward(dout.to(out.dtype))
-    return out.detach(), qkv.grad
+    return run_kv(lambda x: fn(x, *args, **options), [qkv], dout)
+
+
+def run_kv(fn, inputs, dout, *args, **options):
+    """Result and gradients of a function of several tensors."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = fn(*leaves, *args, **options)
+    return out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))
 
 
 def drawn(layout, H, p, seed=3):
@@ -71,16 +86,17 @@ def drawn(layout, H, p, seed=3):
         key[start : start + length] = (b << 32) + torch.arange(length)
         start += length
     draw = Draw(torch.tensor(seed, device=DEVICE), torch.tensor(1, device=DEVICE))
-    return TORCH.draw_dropout(draw, key.to(DEVICE), layout.max_length + 5, 4, H).at(2, p)
+    columns = max(layout.key_lengths, default=0) + 5
+    return TORCH.draw_dropout(draw, key.to(DEVICE), columns, 4, H).at(2, p)
 
 
-def both(case, causal=False, p=0.0, dtype=torch.float64):
-    """((out, dqkv) of TORCH, of the definition in dtype, of the definition in fp64, qkv, dout)."""
+def both(case, causal=False, p=0.0, dtype=torch.float64, fn=TORCH.attention):
+    """((out, dqkv) of `fn`, of the definition in dtype, of the definition in fp64, qkv, dout)."""
     qkv, dout, layout = make(case, dtype=dtype)
     H = case[2]
     dropout = drawn(layout, H, p) if p else None
     keep = dropout_keep(dropout, layout.max_length) if p else None
-    actual = run(TORCH.attention, qkv, dout, layout, H, causal=causal, dropout=dropout)
+    actual = run(fn, qkv, dout, layout, H, causal=causal, dropout=dropout)
     refs = [
         run(attention_ref, qkv.to(d), dout.to(d), layout, H, causal=causal, keep=keep, p=p)
         for d in (dtype, torch.float64)
@@ -107,6 +123,41 @@ def test_ref_is_sdpa_on_each_sequence(case, causal):
             torch.testing.assert_close(out[start : start + length], expected.transpose(0, 1))
         start += length
     assert torch.equal(out[start:], torch.zeros_like(out[start:]))
+
+
+# id: lengths of queries, of keys
+KEY_CASES = {
+    "one token after a cache": ([1], [9]),
+    "caches of different lengths": ([3, 2], [20, 40]),
+    "more queries than keys": ([9, 40], [3, 20]),
+    "keys of an empty sequence": ([4, 3], [0, 5]),
+    "queries of an empty sequence": ([0, 3], [5, 4]),
+    "a long cache": ([5, 1], [130, 3]),
+    "few keys of a long sequence": ([130, 2], [5, 7]),
+    "long and different": ([70], [100]),
+    "long and the last tile sees all": ([130], [70]),
+}
+key_cases = pytest.mark.parametrize("case", KEY_CASES.values(), ids=KEY_CASES)
+
+
+@key_cases
+@causality
+def test_ref_is_sdpa_to_other_keys(case, causal):
+    """The last query sees all keys. A query that sees none gives 0, and no gradient is NaN."""
+    (q, k, v), dout, layout = make_kv(*case, 4, 2, 16, slack=(2, 3))
+    out, *grads = run_kv(attention_kv_ref, (q, k, v), dout, layout, causal=causal)
+    start, key_start = 0, 0
+    for length, key_length in zip(*case, strict=True):
+        mask = torch.ones(length, key_length, dtype=torch.bool, device=DEVICE)
+        mask = mask.tril(key_length - length) if causal else mask
+        rows, keys = slice(start, start + length), slice(key_start, key_start + key_length)
+        parts = (x.transpose(0, 1) for x in (q[rows], k[keys], v[keys]))
+        expected = F.scaled_dot_product_attention(*parts, mask, enable_gqa=True).transpose(0, 1)
+        expected = torch.where(mask.any(1)[:, None, None], expected, 0)
+        torch.testing.assert_close(out[rows], expected)
+        start, key_start = start + length, key_start + key_length
+    assert not out[start:].any()
+    assert all(grad.isfinite().all() for grad in grads)
 
 
 def test_ref_divides_kept_probabilities_after_the_softmax():
