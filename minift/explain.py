@@ -1,0 +1,59 @@
+"""What a model looks at: attention weights, made again outside the fast path.
+
+The model takes its operations as an argument, so looking needs no hook and no second forward pass:
+a table whose attention also writes down what it saw.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Batch
+from .ops import Ops, attention_probs_of, ops_for
+
+
+@torch.no_grad()
+def attention_probs(
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[int] | None = None,
+    heads: Sequence[int] | None = None,
+    ops: Ops | None = None,
+) -> dict[int, list[Tensor]]:
+    """The attention probabilities of a model in evaluation: row i of a head is how token i
+    distributes its look over the tokens of its sequence.
+
+    Args:
+        model: a `Bert` or a `BertClassifier`.
+        batch: on the model's device; see `minift.batch.collate`.
+        layers: which, from 0; default all.
+        heads: which, from 0; default all.
+        ops: table of operations; default, the one for the device.
+
+    Returns:
+        By layer, for each sequence of the batch, in its order (shortest first), a (heads, L, L)
+        fp32 tensor whose rows sum to 1.
+
+    Raises:
+        ValueError: a layer or head that the model does not have.
+    """
+    n_layer, n_head = model.config.n_layer, model.config.n_head
+    layers = range(n_layer) if layers is None else layers
+    heads = tuple(range(n_head) if heads is None else heads)
+    for name, chosen, n in (("layers", layers, n_layer), ("heads", heads, n_head)):
+        if not all(0 <= i < n for i in chosen):
+            raise ValueError(f"expected {name} in 0 to {n - 1}, got {list(chosen)}")
+    ops = ops or ops_for(batch.tokens.device)
+    seen, layer = {}, 0
+
+    def attention(qkv, layout, n_head, causal=False, dropout=None):
+        nonlocal layer
+        if layer in layers:
+            seen[layer] = attention_probs_of(qkv, layout, n_head, causal=causal, heads=heads)
+        layer += 1
+        return ops.attention(qkv, layout, n_head, causal, dropout)
+
+    model(batch, ops=replace(ops, attention=attention))
+    return seen
