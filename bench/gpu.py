@@ -7,13 +7,14 @@
     smoke       every operation at a small shape: whether it runs and is right
     tests       the tests of the kernels, on the GPU
     kernels     every operation at the shapes that are trained, beside its peers and its floor
+    tune        tiles of the attention kernels, in the time that the others have left
     finetune    fine-tuning beside transformers' Trainer
 
 Each part is a process with a time limit and a log; one that fails or hangs does not stop the
 others. What a part leaves of its time goes to those after it. DIR/gpu.jsonl has a line for each
-part as soon as it ends; DIR/kernels.jsonl one for each contender. torch, triton, numpy, pytest,
-hypothesis and what `import minift` takes must be there; minift need not be installed. Exit status
-1: a part failed.
+part as soon as it ends; DIR/kernels.jsonl one for each contender, DIR/tune.jsonl for each tile.
+torch, triton, numpy, pytest, hypothesis and what `import minift` takes must be there; minift need
+not be installed. Exit status 1: a part failed.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,9 +40,12 @@ SHARES = {  # of the time, where every part takes all of its own
     "smoke": 0.15,
     "tests": 0.2,
     "kernels": 0.35,
+    "tune": 0.02,  # when it begins, all that is left is its own
     "finetune": 0.0,
 }
+TUNE_SECONDS = 45.0  # in less nothing is found
 LINES, WIDTH = 9, 100  # of the log of a part that failed
+ALL_LINES = 27  # where many failed, each has fewer
 HEADER = ("part", "status", "seconds", "log", "its last line")
 
 
@@ -66,7 +71,9 @@ class Result:
     last: str  # line of the log, or why it was skipped
 
 
-def parts(device: str, out: Path, link: Path, limits: dict[str, float]) -> dict[str, Part]:
+def parts(
+    device: str, out: Path, link: Path, limits: dict[str, float], ops: Sequence[str] = ()
+) -> dict[str, Part]:
     """The command of every part.
 
     Args:
@@ -74,13 +81,23 @@ def parts(device: str, out: Path, link: Path, limits: dict[str, float]) -> dict[
         out: folder for results.
         link: folder with a link to minift and nothing else.
         limits: seconds for each part.
+        ops: operations of smoke and kernels; none: all.
     """
     python = [sys.executable, "-m"]
     plain: dict[str, str] = {}
     quick = ["--quick"] if device == "cpu" else []
     compile_all = [*python, "bench.codegen", "--json", "--jobs", str(os.cpu_count())]
-    kernels = [*python, "bench.kernels", "--device", device]
-    minutes = str(0.8 * limits["kernels"] / 60)  # the rest is for the case that is running then
+    chosen = ["--op", *ops] if ops else []
+    kernels = [*python, "bench.kernels", "--device", device, *chosen]
+    tiny = ["--shape", "20x1x16"] if device == "cpu" else []
+    tune = [*python, "bench.tune", "attention", "--device", device, *tiny]
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else plain
+    no_time = "no time is left" if limits["tune"] < TUNE_SECONDS else ""
+
+    def in_time(name: str) -> list[str]:
+        minutes = 0.8 * limits[name] / 60  # the rest is for the case that is running then
+        return ["--minutes", str(minutes), "--out", str(out / f"{name}.jsonl")]
+
     # A folder `kernels` on the path would be taken for the package of that name: so the checkout
     # is not on it (-P), and minift is found through a link.
     tests = [sys.executable, "-P", "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
@@ -91,9 +108,8 @@ def parts(device: str, out: Path, link: Path, limits: dict[str, float]) -> dict[
         "ceilings": Part([*python, "bench.ceilings", "--device", device, *quick], plain),
         "smoke": Part([*kernels, "--quick", "--out", str(out / "smoke.jsonl")], plain),
         "tests": Part([*tests, *test_files()], {"PYTHONPATH": path}),
-        "kernels": Part(
-            [*kernels, *quick, "--minutes", minutes, "--out", str(out / "kernels.jsonl")], plain
-        ),
+        "kernels": Part([*kernels, *quick, *in_time("kernels")], plain),
+        "tune": Part([*tune, *in_time("tune")], interpreted, no_time),
         "finetune": Part([], plain, "no model and no rows are carried to this machine"),
     }
 
@@ -119,8 +135,9 @@ def run_part(name: str, part: Part, limit: float, out: Path) -> Result:
     if part.skipped:
         return Result(name, "skipped", 0.0, limit, None, "-", part.skipped)
     start = time.monotonic()
-    environment = {**os.environ, **part.environment}
+    environment = dict(os.environ)
     environment.pop("TRITON_INTERPRET", None)  # whoever needs it sets it
+    environment |= part.environment
     with open(log, "wb") as file:
         process = subprocess.Popen(
             part.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
@@ -156,7 +173,9 @@ def tail(log: Path) -> list[str]:
     return [line if len(line) <= WIDTH else line[: WIDTH - 3] + "..." for line in lines[-LINES:]]
 
 
-def run_parts(names: list[str], device: str, out: Path, seconds: float) -> list[Result]:
+def run_parts(
+    names: list[str], device: str, out: Path, seconds: float, ops: Sequence[str] = ()
+) -> list[Result]:
     """The parts in their order, each result written as soon as it is there."""
     end = time.monotonic() + seconds
     results = []
@@ -165,7 +184,7 @@ def run_parts(names: list[str], device: str, out: Path, seconds: float) -> list[
         (link / "minift").symlink_to(ROOT / "minift")
         for i, name in enumerate(names):
             limits = share_out(names[i:], max(end - time.monotonic(), 0.0))
-            part = parts(device, out, link, limits)[name]
+            part = parts(device, out, link, limits, ops)[name]
             result = run_part(name, part, limits[name], out)
             append(out / "gpu.jsonl", asdict(result))
             print(f"{name}: {result.status} in {result.seconds:.0f} s", flush=True)
@@ -188,7 +207,7 @@ def kernel_lines(file: Path) -> list[str]:
 
 
 def kernel_line(case: tuple, rows: list[dict]) -> str:
-    """Ours, the best peer, the ratio; share of the copy's rate and the target, where they are."""
+    """Ours, the best peer, the ratio; share of the copy's rate, or flops, and targets, if any."""
     peers = [r for r in rows if r["status"] == "timed" and r["contender"] != "ours"]
     best = min(peers, key=lambda row: row["p50"], default=None)
     mine = next((r for r in rows if r["contender"] == "ours"), None)
@@ -198,8 +217,12 @@ def kernel_line(case: tuple, rows: list[dict]) -> str:
         status = mine["status"] if mine else "-"
         return f"{title:<64}{status:>9}{peer_ms:>9}{'-':>7}  {name}"
     ratio = f"{mine['ratio_to_best_peer']:.2f}" if best else "-"
-    met = {True: ", target met", False: ", target MISSED", None: ""}[mine["target_met"]]
-    note = f"{name}; {mine['of_copy']:.0%} of copy{met}"
+    rate = f"{mine['of_copy']:.0%} of copy"
+    if mine.get("tflops"):
+        rate = f"{mine['tflops']:.0f} TFLOP/s"
+    found = [mine["target_met"], *(r["met"] for r in mine.get("ratios", ()))]
+    words = {True: ", target met", False: ", target MISSED", None: ""}
+    note = f"{name}; {rate}{''.join(words[met] for met in found)}"
     return f"{title:<64}{mine['p50']:>9.4f}{peer_ms:>9}{ratio:>7}  {note}"
 
 
@@ -211,9 +234,10 @@ def report(results: list[Result], out: Path) -> str:
     lines = [*kernel_lines(out / "kernels.jsonl"), ""]
     for *cells, last in rows:
         lines.append("  ".join([*map(str.ljust, cells, widths), last]).rstrip())
-    for r in results:
-        if r.status in ("failed", "timed out"):
-            lines += ["", f"{r.part} {r.status} ({out / r.log}):", *tail(out / r.log)]
+    bad = [r for r in results if r.status in ("failed", "timed out")]
+    for r in bad:
+        end = tail(out / r.log)[-max(3, ALL_LINES // len(bad)) :]
+        lines += ["", f"{r.part} {r.status} ({out / r.log}):", *end]
     return "\n".join(lines)
 
 
@@ -222,6 +246,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--parts", default=",".join(SHARES), help="with commas; default: all")
+    parser.add_argument("--op", nargs="+", default=[], help="of smoke and kernels; default: all")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder")
     parser.add_argument("--minutes", type=float, default=9.0, help="for all parts together")
     parser.add_argument(
@@ -243,9 +268,9 @@ def main() -> None:
         os.environ["BENCH_COMMIT"] = args.commit
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu", "smoke", "kernels"):
+    for name in ("gpu", "smoke", "kernels", "tune"):
         (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier run
-    results = run_parts(names, args.device, out, 60 * args.minutes)
+    results = run_parts(names, args.device, out, 60 * args.minutes, args.op)
     print(report(results, out))
     raise SystemExit(1 if any(r.status in ("failed", "timed out") for r in results) else 0)
 

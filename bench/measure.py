@@ -41,6 +41,7 @@ class Run:
     call: Callable[[], object]
     reset: Callable[[], object] | None = None  # untimed, before each call: undoes what a call did
     keep: object = None  # what must live as long as this, such as the tensors of a graph
+    shaped: Callable | None = None  # untimed: what the call returned, shaped as the definition's
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What is timed of each operation: shapes, passes, contenders, and the bytes that must move.
 
-An operation is one function below, which returns its cases; `bench.kernels` lists the shapes.
+An operation is one function below, which returns its cases (attention and AdamW have files of
+their own); `bench.kernels` lists the shapes.
 Inputs are random and made once a case; contenders share copies of them, and one that writes to its
 inputs makes copies of its own.
 """
@@ -8,6 +9,7 @@ inputs makes copies of its own.
 import functools
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.measure import Run
+from bench.measure import ROOT, Run
 from minift.kernels.add_norm import add_norm_ref
-from minift.kernels.attention import attention_ref
 from minift.kernels.bias_gelu import bias_gelu_ref
 from minift.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_ref
 from minift.kernels.embed import embed_ref
-from minift.ops import TORCH, Layout, Norm
+from minift.ops import TORCH, Norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -49,6 +50,15 @@ Way = Callable[[Inputs], Run]  # the run's call returns a tuple of results
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """What ours may take at most, of the time of another contender in the same run."""
+
+    contender: str
+    most: float
+    shape: str = ""  # of the case in which it was timed; default: of this one
+
+
+@dataclass(frozen=True)
 class Case:
     """One operation at one shape, one pass of it."""
 
@@ -63,6 +73,9 @@ class Case:
     copies: int = 2
     calls: int = 1  # of a run, before its results are judged
     dtype: torch.dtype | None = None  # all results are judged as if in it; default: in their own
+    ratios: tuple[Ratio, ...] = ()
+    unjudged: dict[str, str] = field(default_factory=dict)  # contender -> why not by its values
+    untimed: dict[str, str] = field(default_factory=dict)  # contender -> why only judged
 
 
 def copied(x: Tensor) -> Tensor:
@@ -145,6 +158,13 @@ def kernel(file: str, name: str | None = None) -> Callable:
         return found(*args, **kwargs)
 
     return call
+
+
+def mend_interpreter() -> None:
+    """Triton's interpreter adds and multiplies the bits of bf16; the tests know what helps."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("interpreter_bf16").install()
 
 
 def compiled(fn: Callable) -> Callable:
@@ -331,31 +351,3 @@ def embed(T: int, C: int, rows: tuple[int, ...], device: torch.device) -> list[C
     read = 4 * T * C * len(rows)
     moved = {"forward": read + 2 * T * C, "backward": read + 2 * T * C + 4 * sum(rows) * C}
     return differentiable("embed", f"{T} x {C}, tables {rows} fp32", make, functions, moved)
-
-
-def attention(lengths: tuple[int, ...], H: int, D: int, device: torch.device) -> list[Case]:
-    layout = Layout.pack(list(lengths)).to(device)
-    T, longest = layout.rows, max(lengths)
-
-    def make() -> Inputs:
-        g = generator(device)
-        return Inputs((normal(g, (T, 3 * H, D)),), (normal(g, (T, H, D)),))
-
-    def varlen(qkv: Tensor) -> Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        cu = layout.cu_seqlens
-        return varlen_attn(*qkv.split(H, dim=1), cu, cu, longest, longest)
-
-    functions = {
-        "definition": lambda qkv: attention_ref(qkv, layout, H),
-        "torch": lambda qkv: TORCH.attention(qkv, layout, H),
-        "torch varlen": only_on(device, varlen),
-        "ours": lambda qkv: kernel("attention")(qkv, layout, H),
-    }
-    row, scores = 2 * T * H * D, sum(n * n for n in lengths) * H
-    shape = f"{len(lengths)} sequences, {T} tokens, {H} heads of {D} bf16"
-    return differentiable(
-        "attention", shape, make, functions, {"forward": 4 * row, "backward": 8 * row},
-        flops={"forward": 4 * D * scores, "backward": 10 * D * scores},
-    )  # fmt: skip

@@ -73,10 +73,33 @@ def test_interpreted_kernels_are_not_run_by_accident(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     part = python("import os; print(os.environ.get('TRITON_INTERPRET'))")
     assert run_part("smoke", part, 60, tmp_path).last == "None"
+    asked = Part(part.command, {"TRITON_INTERPRET": "1"})
+    assert run_part("tune", asked, 60, tmp_path).last == "1"
 
 
 def commands(tmp_path) -> dict[str, Part]:
     return parts("cuda", tmp_path, tmp_path, share_out(list(gpu.SHARES), 540))
+
+
+def test_tiles_are_tried_in_the_time_that_is_left(tmp_path):
+    """Next to nothing is set aside for it; when its turn comes it has all, or is skipped."""
+    names = list(gpu.SHARES)
+    left = names[names.index("tune") :]
+    assert names.index("tune") > names.index("kernels")
+    assert share_out(names, 540)["tune"] < 20
+    assert share_out(left, 100)["tune"] == 100
+    for seconds, reason in ((100, ""), (20, "no time is left")):
+        tune = parts("cuda", tmp_path, tmp_path, share_out(left, seconds))["tune"]
+        assert tune.skipped == reason
+    assert float(tune.command[tune.command.index("--minutes") + 1]) * 60 < 20
+
+
+def test_operations_are_chosen_for_all_that_is_timed(tmp_path):
+    made = parts("cuda", tmp_path, tmp_path, share_out(list(gpu.SHARES), 540), ["attention"])
+    for name in ("smoke", "kernels"):
+        command = made[name].command
+        assert command[command.index("--op") + 1] == "attention"
+    assert "--op" not in commands(tmp_path)["kernels"].command
 
 
 def test_in_the_tests_minift_is_found_and_no_folder_kernels(tmp_path):
@@ -125,8 +148,8 @@ def kernel_row(i: int, contender: str, p50: float, **facts) -> str:
 
 
 def test_the_report_is_short_whatever_happens(tmp_path):
-    """40 cases and every part failed with a long log: still under 12,000 characters."""
-    rows = [kernel_row(i, name, 1.5) for i in range(40) for name in ("torch.compile", "ours")]
+    """65 cases and every part failed with a long log: still under 12,000 characters."""
+    rows = [kernel_row(i, name, 1.5) for i in range(65) for name in ("torch.compile", "ours")]
     (tmp_path / "kernels.jsonl").write_text("\n".join(rows) + "\n")
     for name in gpu.SHARES:
         (tmp_path / f"{name}.log").write_text(("x" * 500 + "\n") * 500)
@@ -147,12 +170,14 @@ def test_the_report_has_ours_beside_the_best_peer(tmp_path):
         kernel_row(2, "torch", 3.0),
         kernel_row(2, "ours", None, status="wrong"),
         kernel_row(3, "ours", 1.0, ratio_to_best_peer=None, target_met=True),
+        kernel_row(4, "ours", 1.0, tflops=351.2, ratios=[{"met": True}, {"met": None}]),
     ]
     (tmp_path / "kernels.jsonl").write_text("\n".join(rows) + "\n")
-    first, second, third = report([], tmp_path).split("\n")[1:4]
+    first, second, third, fourth = report([], tmp_path).split("\n")[1:5]
     assert "   2.5000   2.0000   1.25  liger; 80% of copy, target MISSED" in first
     assert second.split()[-4:] == ["wrong", "3.0000", "-", "torch"]
     assert third.endswith("none; 80% of copy, target met")
+    assert fourth.endswith("none; 351 TFLOP/s, target met")
 
 
 def run_main(monkeypatch, *flags) -> int | str:
@@ -182,4 +207,6 @@ def test_exit_status_says_whether_all_went_well(monkeypatch, capsys, tmp_path):
 
 def test_an_unknown_part_is_refused(monkeypatch):
     message = run_main(monkeypatch, "--parts", "smoke,all")
-    assert message == ("expected --parts of compile,ceilings,smoke,tests,kernels,finetune, got all")
+    assert message == (
+        "expected --parts of compile,ceilings,smoke,tests,kernels,tune,finetune, got all"
+    )

@@ -31,7 +31,7 @@ def test_commands_parse(command):
     assert args.command == words[0]
 
 
-PROGRAM, EMBEDDED = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAM, LOOK, EMBEDDED, ATTENTION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_program_runs(tmp_path, monkeypatch, capsys):
@@ -39,9 +39,12 @@ def test_the_program_runs(tmp_path, monkeypatch, capsys):
     tiny_model(tmp_path / "MODEL_DIR")
     write_rows(tmp_path / "train.csv", 40)
     monkeypatch.chdir(tmp_path)
+    names = {}
     with settings_kept():
-        exec(PROGRAM, {})
-    assert capsys.readouterr().out.startswith("1 0.")
+        exec(PROGRAM, names)
+        assert capsys.readouterr().out.startswith("1 0.")
+        exec(LOOK, names)
+    assert capsys.readouterr().out.startswith("[CLS] looks most at ")
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
@@ -59,6 +62,13 @@ def test_the_kernels_train_a_model_of_another_library():
     exec(EMBEDDED, names)
     assert names["loss"].isfinite()
     assert not torch.equal(model.transformer.wte.weight, before)
+
+
+def test_attention_takes_a_projection_as_it_lies():
+    names = {"qkv": torch.randn(106, 36, 64, device=DEVICE)}
+    exec(ATTENTION, names)
+    assert names["out"].shape == (106, 12, 64)
+    assert names["out"].isfinite().all()
 
 
 def test_the_kernels_are_those_that_were_compiled():
