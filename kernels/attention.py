@@ -1,7 +1,7 @@
 """Attention over packed sequences of different lengths. The gradient is in attention_backward.py.
 
-Math        For every sequence and head, with scale = 1 / sqrt(D):
-                S = scale * Q K^T + mask,   P = softmax(S, rows),   O = dropout(P) V
+Math        For every sequence and head:
+                P = softmax(Q K^T / sqrt(D) + mask, rows),   O = dropout(P) V
 
 Layout      Sequences are laid end to end on one token axis; nothing is padded. The product of the
             q, k, v projection is read as it lies: heads of q, then of k, then of v.
@@ -12,18 +12,19 @@ Tiling      Lengths 3 and 5, tiles of 2 x 2, causal. '#' computed, '/' computed 
             never visited: tiles above the diagonal and between sequences cost nothing.
 
                           keys  0 1 2 | 3 4 5 6 7
-                        0,1     / . . | . . . . .      a program
-                queries 2       # # / | . . . . .      a program
+                        0,1     / / . | . . . . .      a tile of queries
+                queries 2       # # / | . . . . .      a tile
                         ------------- + ---------
-                        3,4     . . . | / . . . .      a program
-                        5,6     . . . | # # / . .      a program
-                        7       . . . | # # # # /      a program
+                        3,4     . . . | / / . . .      a tile
+                        5,6     . . . | # # / / .      a tile
+                        7       . . . | # # # # /      a tile
 
-            Programs and their rows stand in a list, made when the batch was (layout.py): a program
-            for each span and head. The tiles of a sequence depend on its own length only.
+            Work stands in a list of spans, made when the batch was (layout.py). A program does a
+            tile of a long sequence, or all tiles of a short one, for one head. The tiles of a
+            sequence depend on its own length only.
 
-Softmax     A row walks over its keys in blocks and cannot know its maximum before the end. With
-            base 2, c = scale * log2(e), it keeps for the keys so far
+Softmax     A row q walks over its keys in blocks and cannot know its maximum before the end. With
+            s_j = q . k_j and, for base 2, c = log2(e) / sqrt(D), it keeps for the keys so far
                 m = max c s_j,   l = sum 2^(c s_j - m),   acc = sum 2^(c s_j - m) v_j
             and when a block raises the maximum to m', what it has is in too large a unit:
                 l   <- l   * 2^(m - m') + sum over the block of 2^(c s_j - m')
@@ -150,9 +151,8 @@ def attention_probs(
         raise ValueError(f"expected heads in 0 to {n_head - 1}, got {list(heads)}")
     q, k, _ = _split(qkv.detach().float(), n_head)
     q, k = q[:, heads], k[:, [h // (n_head // k.shape[1]) for h in heads]]
-    starts = layout.first.tolist()
-    spans = [slice(a, a + n) for a, n in zip(starts, layout.lengths, strict=True)]
-    return [_probabilities(q[span], k[span], causal) for span in spans]
+    parts = zip(*(x[: sum(layout.lengths)].split(layout.lengths) for x in (q, k)), strict=True)
+    return [_probabilities(q, k, causal) for q, k in parts]
 
 
 def _split(qkv, n_head):
@@ -163,7 +163,8 @@ def _split(qkv, n_head):
 def check_attention(qkv: Tensor, layout: Layout, n_head: int) -> None:
     """Raises ValueError when `qkv` does not fit the layout or the head count."""
     if qkv.ndim != 3 or qkv.shape[0] != layout.rows:
-        raise ValueError(f"expected qkv ({layout.rows}, H + 2 * Hk, D), got {tuple(qkv.shape)}")
+        wanted = f"qkv ({layout.rows}, H + 2 * Hk, D), heads of q, then of k, then of v"
+        raise ValueError(f"expected {wanted}, got {tuple(qkv.shape)}")
     n_key, odd = divmod(qkv.shape[1] - n_head, 2)
     if n_head < 1 or odd or n_key < 1 or n_head % n_key:
         raise ValueError(f"expected H + 2 * Hk heads, Hk dividing H = {n_head}, got {qkv.shape[1]}")
@@ -295,19 +296,18 @@ def _forward(q, k, v, layout, causal, dropout):
     """out, and lse (H, T) in units of ln 2."""
     T, H, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
+    arguments = *dropout_arguments(dropout), *strides(q, k, v), T, H
+    shape = {"GROUP": H // k.shape[1], "CAUSAL": causal, "ALIGNED": aligned(q, k, v, out), "D": D}
     for spans, short in ((layout.long, False), (layout.short, True)):
         options = _tile(D, q.dtype, short, dropout is not None)
-        launch(
-            _forward_kernel, len(spans) * H * (options["SPLIT"] or 1), q, k, v, out, lse, spans,
-            *dropout_arguments(dropout), *strides(q, k, v), T, H,
-            GROUP=H // k.shape[1], CAUSAL=causal, ALIGNED=aligned(q, k, v, out), D=D, **options,
-        )
+        grid = len(spans) * H * (options["SPLIT"] or 1)
+        launch(_forward_kernel, grid, q, k, v, out, lse, spans, *arguments, **shape, **options)
     return out, lse
 
 
 def _rows_of(dout: Tensor) -> Tensor:
     """A gradient as kernels read it; that of a sum or a mean has strides of 0."""
-    return dout if dout.stride(-1) == 1 else dout.contiguous()
+    return dout if dout.stride(2) == 1 and dout.stride(0) <= 2**24 else dout.contiguous()
 
 
 class _Attention(torch.autograd.Function):
@@ -347,7 +347,18 @@ class _AttentionKV(torch.autograd.Function):
 # -------------------------------------------------------------------- public
 
 
-def _check_kernel(x: Tensor, layout: Layout, dropout: Dropout | None) -> None:
+def _check_dropout(dropout: Dropout | None, layout: Layout, n_head: int) -> None:
+    if dropout is None:
+        return
+    if not isinstance(dropout, Dropout):
+        raise ValueError(f"expected draw_dropout(...).at(site, p), got {dropout!r}")
+    wanted = layout.rows, max(layout.key_lengths, default=0), n_head
+    got = len(dropout.rows), len(dropout.columns), dropout.places.shape[1]
+    if got[0] != wanted[0] or got[1] < wanted[1] or got[2] < wanted[2]:
+        raise ValueError(f"expected dropout of (rows, columns, heads) {wanted}, got {got}")
+
+
+def _check_kernel(x: Tensor, layout: Layout) -> None:
     D, half = x.shape[2], x.dtype in (torch.float16, torch.bfloat16)
     if not half and x.dtype != torch.float32:
         raise ValueError(f"expected fp32, fp16 or bf16, got {x.dtype}")
@@ -361,11 +372,6 @@ def _check_kernel(x: Tensor, layout: Layout, dropout: Dropout | None) -> None:
         raise ValueError(f"expected tensors on a GPU, got {x.device}")
     if layout.cu_seqlens.device != x.device:
         raise ValueError(f"expected a layout on {x.device}: call layout.to")
-    if dropout is not None:
-        longest, columns = max(layout.key_lengths, default=0), len(dropout.columns)
-        if len(dropout.rows) != layout.rows or columns < longest:
-            wanted = f"{layout.rows} rows and {longest} columns"
-            raise ValueError(f"expected dropout of {wanted}, got {len(dropout.rows)} and {columns}")
 
 
 def attention(
@@ -374,8 +380,9 @@ def attention(
     """Attention of a packed projection; nothing is copied on the way in or out.
 
     Args:
-        qkv: (T, H + 2 * Hk, D) fp32, fp16 or bf16 with unit stride along D; any strides of rows
-            and heads. D up to 256, in fp32 to 128; multiples of 8 are read in 16 bytes at a time.
+        qkv: (T, H + 2 * Hk, D) fp32, fp16 or bf16: heads of q, then of k, then of v. Unit stride
+            along D, any strides of rows and heads. D up to 256, in fp32 to 128; of a multiple of 8,
+            16 bytes are read at a time.
         layout: where the sequences lie, on the same device.
         n_head: H, heads of the queries.
         causal: a row sees itself and the rows before it.
@@ -388,7 +395,8 @@ def attention(
         ValueError: a shape, dtype, stride or device does not fit.
     """
     check_attention(qkv, layout, n_head)
-    _check_kernel(qkv, layout, dropout)
+    _check_kernel(qkv, layout)
+    _check_dropout(dropout, layout, n_head)
     return _Attention.apply(qkv, layout, n_head, causal, dropout)
 
 
@@ -413,9 +421,10 @@ def attention_kv(
     """
     check_attention_kv(q, k, v, layout)
     for x in (q, k, v):
-        _check_kernel(x, layout, dropout)
-        if x.dtype != q.dtype:
-            raise ValueError(f"expected k and v in {q.dtype}, got {x.dtype}")
+        if (x.dtype, x.device) != (q.dtype, q.device):
+            raise ValueError(f"expected k, v in {q.dtype} on {q.device}, got {x.dtype}, {x.device}")
+        _check_kernel(x, layout)
+    _check_dropout(dropout, layout, q.shape[1])
     return _AttentionKV.apply(q, k, v, layout, causal, dropout)
 
 

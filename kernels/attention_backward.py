@@ -16,9 +16,10 @@ Order       Every row of a gradient is the sum of one program, in the order of i
                 _dkv_kernel    owns keys, walks over queries      S, dV, dP, dK
 
             The second works on S^T = K Q^T, whose tiles are what dV = Z^T dO and dK = dS^T Q take
-            as they are: a product's result that is transposed for the next product comes out wrong
-            on Hopper under triton 3.4 to 3.7.0. All it must know of a query comes in one record,
-            written by the first: lse, delta, and the words of its dropout.
+            as they are: on Hopper, triton 3.4 to 3.7.0 gets a product wrong of which an operand is
+            the transposed result of another (flash-linear-attention, issues 640 and 826). All it
+            must know of a query comes in one record, written by the first: lse, delta, and the
+            words of its dropout.
 
             A short sequence is one program for both: the second half finds its tiles in the cache.
 
@@ -56,14 +57,12 @@ from .layout import SPAN, Layout
 
 
 @triton.jit
-def _store_record(record_ptr, lse, delta, dropout, i, q_len):
+def _store_record(record_ptr, lse, delta, a, b, i, q_len, FIELDS: tl.constexpr):
     """(lse, delta) of queries i; with dropout (lse, a, delta, b)."""
-    words_ptr, place, _, _, _ = dropout
-    if words_ptr is None:
+    if FIELDS == 2:
         at = record_ptr + i[:, None] * 2 + tl.arange(0, 2)[None, :]
         tl.store(at, tl.join(lse, delta), mask=(i < q_len)[:, None])
     else:
-        a, b = query_words(words_ptr, place, i, q_len)
         words = tl.join(a.to(tl.float32, bitcast=True), b.to(tl.float32, bitcast=True))
         record = tl.reshape(tl.join(tl.join(lse, delta), words), (i.shape[0], 4))
         at = record_ptr + i[:, None] * 4 + tl.arange(0, 4)[None, :]
@@ -98,9 +97,11 @@ def _dq_tile(
     o = load_rows(out, first, q_len, BLOCK_M, D)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     lse = tl.load(lse_ptr + i, mask=i < q_len, other=0.0)
-    _store_record(record_ptr, lse, delta, dropout, i, q_len)
+    FIELDS: tl.constexpr = 2 if columns_ptr is None else 4
+    a, b = i, i  # no words
     if columns_ptr is not None:
         a, b = query_words(words_ptr, place, i, q_len)
+    _store_record(record_ptr, lse, delta, a, b, i, q_len, FIELDS)
     acc = tl.zeros(q_tile.shape, tl.float32)
     for MASKED in tl.static_range(2):
         for start in range(whole if MASKED else 0, end if MASKED else whole, BLOCK_N):

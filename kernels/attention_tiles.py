@@ -174,11 +174,11 @@ def launch(any_kernel, grid: int, *args, before_hopper: dict | None = None, **op
     """
     if not grid:
         return
-    if torch.version.hip:
-        options = without_nvidia(options)
-    elif before_hopper and args[0].is_cuda and torch.cuda.get_device_capability() < (9, 0):
-        options |= before_hopper
     with torch.cuda.device_of(args[0]):
+        if torch.version.hip:
+            options = without_nvidia(options)
+        elif before_hopper and args[0].is_cuda and torch.cuda.get_device_capability() < (9, 0):
+            options |= before_hopper
         any_kernel[(grid,)](*args, **options)
 
 

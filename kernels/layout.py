@@ -18,9 +18,9 @@ Spans       The attention kernels take their work from a list. A span is a piece
             Sequences of up to SHORT queries and keys are one span each, `short`. Longer ones are
             cut every SPAN rows: `long` lists the queries, `long_keys` the keys. The longest come
             first, so that the last programs to run are small. How a sequence is cut depends on its
-            own length and on nothing beside it. Slack rows are spans too, of queries that see no
-            key and of keys that no query sees: that is how they come out as zeros. An empty
-            sequence has no span.
+            own length and on nothing beside it. Slack rows are spans too, at the end, of queries
+            that see no key and of keys that no query sees: that is how they come out as zeros. An
+            empty sequence has no span.
             A captured step needs lists of the same length for every batch of a bucket: `pack` pads
             them with spans of no rows to what any such batch could need.
 
@@ -33,6 +33,7 @@ All of it is computed on the host when a batch is put together: no operation sor
 nonzeros or waits for the device.
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -69,8 +70,8 @@ class Layout:
     cu_seqlens: Tensor            # (B + 1,) int32: b is rows cu_seqlens[b] : cu_seqlens[b + 1]
     rows: int                     # T, slack included
     key_rows: int                 # of keys and values
-    first: Tensor                 # (B,) int64: first row of each sequence that has one
-    last: Tensor                  # (B,) int64: last row of each sequence that has one
+    first: Tensor                 # (B,) int64: first row of each sequence; some row if it has none
+    last: Tensor                  # (B,) int64: last row of each sequence; likewise
     groups: tuple[Group, ...]
     short: Tensor                 # (spans, 5) int32: sequences of one span
     long: Tensor                  # (spans, 5) int32: queries of the others
@@ -87,13 +88,18 @@ class Layout:
             lengths: rows of each sequence; 0 is allowed and owns no row.
             rows: T, at least the sum of lengths, to leave slack rows at the end. Default: the sum.
             key_lengths, key_rows: the same of keys and values, where they are others.
-            bucket: (sequences, longest): the shapes of all tensors are then those of every batch
-                of as many rows and at most so many sequences, none longer than that.
+            bucket: (sequences, longest): the shapes of all tensors, but of `groups`, are then
+                those of every batch of as many rows and at most so many sequences, none longer
+                than that.
 
         Raises:
             ValueError: a length is negative, or does not fit `rows` or the bucket.
         """
         same = key_lengths is None
+        if same and key_rows is not None:
+            raise ValueError("expected key_lengths with key_rows: keys are the queries otherwise")
+        lengths = [operator.index(n) for n in lengths]
+        key_lengths = None if same else [operator.index(n) for n in key_lengths]
         if bucket is not None:
             lengths = _filled(lengths, *bucket)
             key_lengths = None if same else _filled(key_lengths, *bucket)
@@ -108,8 +114,8 @@ class Layout:
             cu_seqlens=torch.tensor(ends[:-1], dtype=torch.int32),
             rows=ends[-1],
             key_rows=key_ends[-1],
-            first=torch.tensor(ends[:-2], dtype=torch.int64),
-            last=torch.tensor([end - 1 for end in ends[1:-1]], dtype=torch.int64),
+            first=torch.tensor([min(end, max(ends[-1] - 1, 0)) for end in ends[:-2]]).long(),
+            last=torch.tensor([max(end - 1, 0) for end in ends[1:-1]]).long(),
             groups=tuple(_groups([length for length in lengths if length])),
             **_spans(ends, key_ends, same, bucket),
         )
@@ -120,7 +126,7 @@ class Layout:
         return max(self.lengths, default=0)
 
     def to(self, device: torch.device | str) -> "Layout":
-        """The same layout with its tensors on `device`; copies do not wait."""
+        """The same layout with its tensors on `device`; copies of pinned memory do not wait."""
         return replace(_moved(self, device), groups=tuple(_moved(g, device) for g in self.groups))
 
 

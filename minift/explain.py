@@ -40,7 +40,7 @@ def attention_probs(
         ValueError: a layer or head that the model does not have.
     """
     n_layer, n_head = model.config.n_layer, model.config.n_head
-    layers = range(n_layer) if layers is None else layers
+    layers = tuple(range(n_layer) if layers is None else layers)
     heads = tuple(range(n_head) if heads is None else heads)
     for name, chosen, n in (("layers", layers, n_layer), ("heads", heads, n_head)):
         if not all(0 <= i < n for i in chosen):

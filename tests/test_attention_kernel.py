@@ -685,7 +685,7 @@ def refused(fn, message, *args, **options):
         (torch.zeros(5, 3, 264).half(), "heads of at most 256 .*, got 264"),
         (torch.zeros(5, 3, 256), "heads of at most 256 .*, got 256"),
         (torch.zeros(5, 16, 3).mT, r"unit stride along D, got \(48, 1, 3\): call .contiguous"),
-        (torch.zeros(6, 3, 16), r"expected qkv \(5, H \+ 2 \* Hk, D\), got \(6, 3, 16\)"),
+        (torch.zeros(6, 3, 16), r"expected qkv \(5, H \+ 2 \* Hk, D\), heads .*, got \(6, 3, 16\)"),
         (torch.zeros(5, 4, 16), r"expected H \+ 2 \* Hk heads, Hk dividing H = 1, got 4"),
         (torch.zeros(5, 3, 16, device="meta"), "expected tensors on a GPU, got meta"),
     ],
@@ -731,7 +731,7 @@ def test_keys_of_another_dtype_or_stride_are_named(odd):
     tensors = [q, k, v]
     tensors[odd] = tensors[odd].half()
     refused(
-        attention_kv, r"expected k and v in torch.float\d\d, got torch.float\d\d", *tensors, layout
+        attention_kv, r"expected k, v in torch.float\d\d on .*, got torch.float\d\d", *tensors, layout
     )
     tensors[odd] = torch.zeros(len([q, k, v][odd]), 16, 2, device=DEVICE).mT[:, :1]
     refused(attention_kv, "expected unit stride along D", *tensors, layout)
@@ -752,14 +752,18 @@ def test_a_layout_elsewhere_is_named():
 
 
 def test_dropout_that_does_not_fit_is_named():
-    """One column or row too few, and no fewer than needed."""
+    """One column, row or head too few, and no fewer than needed; and a number, as others take."""
     qkv, _, layout = make(([2, 3], 1, 1, 1, 16), dtype=torch.float32)
     draw = Draw(torch.tensor(3, device=DEVICE), torch.tensor(1, device=DEVICE))
     key = torch.arange(6, device=DEVICE)
     for rows, columns in ((6, 2), (5, 3), (7, 3)):
         dropout = TORCH.draw_dropout(draw, torch.arange(rows, device=DEVICE), columns, 1, 1)
-        message = f"expected dropout of 6 rows and 3 columns, got {rows} and {columns}"
+        message = rf"of \(rows, columns, heads\) \(6, 3, 1\), got \({rows}, {columns}, 1\)"
         refused(attention, message, qkv, layout, 1, dropout=dropout.at(0, 0.5))
+    heads, _, _ = make(([2, 3], 1, 2, 2, 16), dtype=torch.float32)
+    few = TORCH.draw_dropout(draw, key, 3, 1, 1).at(0, 0.5)
+    refused(attention, r"\(6, 3, 2\), got \(6, 3, 1\)", heads, layout, 2, dropout=few)
+    refused(attention, r"draw_dropout\(...\).at\(.*\), got 0.1", qkv, layout, 1, dropout=0.1)
     enough = TORCH.draw_dropout(draw, key, 3, 1, 1).at(0, 0.5)
     assert attention(qkv, layout, 1, dropout=enough).shape == (6, 1, 16)
 

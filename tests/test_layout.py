@@ -30,9 +30,12 @@ def test_sequences_lie_end_to_end(lengths, slack):
     start = 0
     assert layout.cu_seqlens[0] == 0
     for b, length in enumerate(lengths):
-        assert layout.first[b] == start
+        if length:
+            assert layout.first[b] == start
+            assert layout.last[b] == start + length - 1
         start += length
-        assert layout.last[b] == start - 1
+        for index in (layout.first[b], layout.last[b]):  # of an empty one some row: safe to read
+            assert 0 <= index < max(layout.rows, 1)
         assert layout.cu_seqlens[b + 1] == start
     assert layout.lengths == tuple(lengths)
     assert layout.rows == start + slack
@@ -40,6 +43,11 @@ def test_sequences_lie_end_to_end(lengths, slack):
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.first.dtype == layout.last.dtype == torch.int64
     assert len(layout.first) == len(layout.last) == len(lengths)
+
+
+def test_rows_of_keys_without_lengths_of_keys():
+    with pytest.raises(ValueError, match="expected key_lengths with key_rows"):
+        Layout.pack([3, 5], key_rows=20)
 
 
 @given(lengths, slack)
