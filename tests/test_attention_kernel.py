@@ -730,9 +730,8 @@ def test_keys_of_another_dtype_or_stride_are_named(odd):
     (q, k, v), _, layout = make_kv([2], [3], 1, 1, 16, dtype=torch.float32)
     tensors = [q, k, v]
     tensors[odd] = tensors[odd].half()
-    refused(
-        attention_kv, r"expected k, v in torch.float\d\d on .*, got torch.float\d\d", *tensors, layout
-    )
+    message = r"expected k, v in torch.float\d\d on .*, got torch.float\d\d"
+    refused(attention_kv, message, *tensors, layout)
     tensors[odd] = torch.zeros(len([q, k, v][odd]), 16, 2, device=DEVICE).mT[:, :1]
     refused(attention_kv, "expected unit stride along D", *tensors, layout)
 
