@@ -71,7 +71,7 @@ from .attention_tiles import (
     store_rows,
     strides,
     tile,
-)  # fmt: skip
+)
 from .dropout import Dropout
 from .launch import can_launch
 from .layout import SPAN, Layout
@@ -192,6 +192,7 @@ def _forward_tile(
     q, k, v, out, lse_ptr, dropout, first, q_len, k_len,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    c: tl.constexpr = D**-0.5 * LOG2E
     words_ptr, place, columns_ptr, threshold, kept = dropout
     i = first + tl.arange(0, BLOCK_M)
     sees, whole, end = key_range(first, q_len, k_len, CAUSAL, BLOCK_M, BLOCK_N)
@@ -209,7 +210,6 @@ def _forward_tile(
             s = tl.dot(q_tile, tl.trans(k_tile))
             if MASKED:
                 s = tl.where(j[None, :] < sees[:, None], s, -float("inf"))
-            c: tl.constexpr = D**-0.5 * LOG2E
             m_new = tl.maximum(m, tl.max(s, 1) * c)
             p = tl.exp2(s * c - m_new[:, None])
             rescale = tl.exp2(m - m_new)
@@ -218,7 +218,7 @@ def _forward_tile(
                 x = tl.load(columns_ptr + j, mask=j < k_len) if MASKED else tl.load(columns_ptr + j)
                 word = a[:, None] * x[None, :] + b[:, None]
                 # Taken away rather than selected: LLVM moves the cast below into a selection and
-                # packs the comparisons into bits, twice the instructions.
+                # packs the comparisons into bits, a sixth more instructions in this loop.
                 p -= tl.where(word >= threshold, 0.0, p)
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * rescale[:, None])
             m = m_new

@@ -51,7 +51,7 @@ from .attention_tiles import (
     store_rows,
     strides,
     tile,
-)  # fmt: skip
+)
 from .dropout import Dropout
 from .layout import SPAN, Layout
 

@@ -1,4 +1,5 @@
-"""What the attention kernels share: spans, tiles of rows, what a query sees, and what is dropped.
+"""What the attention kernels share: spans, tiles of rows, what a query sees, what is dropped, and
+how they are launched.
 
 Names       A sequence has q_len queries and k_len keys; i is a query and j a key of it, counted
             from 0. A matrix of rows is a pair: a pointer to the sequence's first row, of one head,

@@ -39,12 +39,11 @@ def attention_probs(
     Raises:
         ValueError: a layer or head that the model does not have.
     """
-    n_layer, n_head = model.config.n_layer, model.config.n_head
+    n_layer = model.config.n_layer
     layers = tuple(range(n_layer) if layers is None else layers)
-    heads = tuple(range(n_head) if heads is None else heads)
-    for name, chosen, n in (("layers", layers, n_layer), ("heads", heads, n_head)):
-        if not all(0 <= i < n for i in chosen):
-            raise ValueError(f"expected {name} in 0 to {n - 1}, got {list(chosen)}")
+    heads = None if heads is None else tuple(heads)
+    if not all(0 <= i < n_layer for i in layers):
+        raise ValueError(f"expected layers in 0 to {n_layer - 1}, got {list(layers)}")
     ops = ops or ops_for(batch.tokens.device)
     seen, layer = {}, 0
 
