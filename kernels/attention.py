@@ -192,7 +192,6 @@ def _forward_tile(
     q, k, v, out, lse_ptr, dropout, first, q_len, k_len,
     CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    c: tl.constexpr = D**-0.5 * LOG2E
     words_ptr, place, columns_ptr, threshold, kept = dropout
     i = first + tl.arange(0, BLOCK_M)
     sees, whole, end = key_range(first, q_len, k_len, CAUSAL, BLOCK_M, BLOCK_N)
@@ -210,6 +209,7 @@ def _forward_tile(
             s = tl.dot(q_tile, tl.trans(k_tile))
             if MASKED:
                 s = tl.where(j[None, :] < sees[:, None], s, -float("inf"))
+            c: tl.constexpr = D**-0.5 * LOG2E
             m_new = tl.maximum(m, tl.max(s, 1) * c)
             p = tl.exp2(s * c - m_new[:, None])
             rescale = tl.exp2(m - m_new)
