@@ -59,20 +59,17 @@ from .attention_tiles import (
     LOWEST,
     aligned,
     declared,
-    dropout_arguments,
     jit,
     key_range,
     launch,
     load_rows,
-    place_of,
-    query_words,
     rows_of,
     span_of,
     store_rows,
     strides,
     tile,
 )
-from .dropout import Dropout
+from .dropout import Dropout, check_dropout, dropout_arguments, place_of, words_of
 from .launch import can_launch
 from .layout import SPAN, Layout
 
@@ -197,7 +194,7 @@ def _forward_tile(
     sees, whole, end = key_range(first, q_len, k_len, CAUSAL, BLOCK_M, BLOCK_N)
     q_tile = load_rows(q, first, q_len, BLOCK_M, D)
     if columns_ptr is not None:
-        a, b = query_words(words_ptr, place, i, q_len)
+        a, b = words_of(words_ptr, place, i, i < q_len)
     m = tl.full((BLOCK_M,), LOWEST, tl.float32)
     l = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros(q_tile.shape, tl.float32)
@@ -347,17 +344,6 @@ class _AttentionKV(torch.autograd.Function):
 # -------------------------------------------------------------------- public
 
 
-def _check_dropout(dropout: Dropout | None, layout: Layout, n_head: int) -> None:
-    if dropout is None:
-        return
-    if not isinstance(dropout, Dropout):
-        raise ValueError(f"expected draw_dropout(...).at(site, p), got {dropout!r}")
-    wanted = layout.rows, max(layout.key_lengths, default=0), n_head
-    got = len(dropout.rows), len(dropout.columns), dropout.places.shape[1]
-    if got[0] != wanted[0] or got[1] < wanted[1] or got[2] < wanted[2]:
-        raise ValueError(f"expected dropout of (rows, columns, heads) {wanted}, got {got}")
-
-
 def _check_kernel(x: Tensor, layout: Layout) -> None:
     D, half = x.shape[2], x.dtype in (torch.float16, torch.bfloat16)
     if not half and x.dtype != torch.float32:
@@ -396,7 +382,7 @@ def attention(
     """
     check_attention(qkv, layout, n_head)
     _check_kernel(qkv, layout)
-    _check_dropout(dropout, layout, n_head)
+    check_dropout(dropout, layout.rows, max(layout.key_lengths, default=0), n_head)
     return _Attention.apply(qkv, layout, n_head, causal, dropout)
 
 
@@ -424,7 +410,7 @@ def attention_kv(
         if (x.dtype, x.device) != (q.dtype, q.device):
             raise ValueError(f"expected k, v in {q.dtype} on {q.device}, got {x.dtype}, {x.device}")
         _check_kernel(x, layout)
-    _check_dropout(dropout, layout, q.shape[1])
+    check_dropout(dropout, layout.rows, max(layout.key_lengths, default=0), q.shape[1])
     return _AttentionKV.apply(q, k, v, layout, causal, dropout)
 
 

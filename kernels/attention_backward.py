@@ -38,21 +38,18 @@ from .attention_tiles import (
     LOG2E,
     aligned,
     declared,
-    dropout_arguments,
     jit,
     key_range,
     keys_seen,
     launch,
     load_rows,
-    place_of,
-    query_words,
     rows_of,
     span_of,
     store_rows,
     strides,
     tile,
 )
-from .dropout import Dropout
+from .dropout import Dropout, dropout_arguments, place_of, words_of
 from .layout import SPAN, Layout
 
 
@@ -100,7 +97,7 @@ def _dq_tile(
     FIELDS: tl.constexpr = 2 if columns_ptr is None else 4
     a, b = i, i  # no words
     if columns_ptr is not None:
-        a, b = query_words(words_ptr, place, i, q_len)
+        a, b = words_of(words_ptr, place, i, i < q_len)
     _store_record(record_ptr, lse, delta, a, b, i, q_len, FIELDS)
     acc = tl.zeros(q_tile.shape, tl.float32)
     for MASKED in tl.static_range(2):

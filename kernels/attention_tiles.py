@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import Dropout, threshold
 from .launch import Launch, without_nvidia
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -105,26 +104,6 @@ def key_range(
     return each, whole, keys_seen(last, q_len, k_len, CAUSAL)
 
 
-@triton.jit
-def place_of(places_ptr, head):
-    """The word that names a head at this site; 0 where nothing is dropped."""
-    if places_ptr is None:
-        return 0
-    else:
-        return tl.load(places_ptr + head)
-
-
-@triton.jit
-def query_words(words_ptr, place, i, q_len):
-    """The words a and b of queries i of a sequence, whose first one's words are at `words_ptr`.
-    b is moved by 2^31, so that a signed comparison with `threshold` does what an unsigned one with
-    p * 2^32 would."""
-    r_ptr, inside = words_ptr + i * 4, i < q_len
-    r0, r1 = tl.load(r_ptr, mask=inside, other=0), tl.load(r_ptr + 1, mask=inside, other=0)
-    r2, r3 = tl.load(r_ptr + 2, mask=inside, other=0), tl.load(r_ptr + 3, mask=inside, other=0)
-    return r0 * place + r1, (r2 * place + r3) ^ -2147483648
-
-
 # ---------------------------------------------------------------------- launching
 
 
@@ -139,14 +118,6 @@ def aligned(*tensors: Tensor) -> bool:
 def strides(*tensors: Tensor) -> list[int]:
     """Of rows and heads of each (T, heads, D), as kernels take them."""
     return [stride for x in tensors for stride in x.stride()[:2]]
-
-
-def dropout_arguments(dropout: Dropout | None) -> tuple:
-    """words_ptr, places_ptr, columns_ptr, threshold and kept of a launch."""
-    if dropout is None:
-        return (None,) * 5
-    places = dropout.places[dropout.site]
-    return dropout.rows, places, dropout.columns, threshold(dropout.p), 1 / (1 - dropout.p)
 
 
 def tile(tiles: dict, D: int, dtype: torch.dtype, dropout: bool) -> dict:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
@@ -146,3 +147,37 @@ def key(launch: Launched | Launch) -> tuple:
     constexprs = {name: getattr(v, "value", v) for name, v in launch.constexprs.items()}
     pairs = (tuple(sorted(values.items())) for values in (constexprs, launch.options))
     return launch.kernel.fn.__name__, launch.types, *pairs
+
+
+# Views, memory without content, and bookkeeping: nothing of it reaches a device.
+FREE = {
+    *("view", "_unsafe_view", "t", "transpose", "slice", "select", "split_with_sizes", "split"),
+    *("detach", "alias", "expand", "unsqueeze", "as_strided", "empty", "new_empty", "empty_like"),
+    *("permute", "unbind", "_reshape_alias", "new_empty_strided", "empty_strided"),
+}
+
+
+class Operations(TorchDispatchMode):
+    """The operations of torch in a block, by name, in order; and the largest result of each."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = [], {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
+        self.names.append(name)
+        if isinstance(result, torch.Tensor):
+            self.largest[name] = max(self.largest.get(name, 0), result.numel())
+        return result
+
+    @property
+    def products(self) -> int:
+        """How many are products of matrices."""
+        return sum(name in ("mm", "addmm", "bmm", "matmul") for name in self.names)
+
+    @property
+    def ran(self) -> list[str]:
+        """Those that reach the device."""
+        return [name for name in self.names if name not in FREE]
