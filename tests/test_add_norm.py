@@ -9,7 +9,7 @@ from minift.kernels.add_norm import add_norm_ref
 from minift.kernels.dropout import dropout_keep
 from minift.ops import TORCH, Draw, Norm
 
-EPS = 1e-5
+EPS, FP32 = 1e-5, torch.float32
 SHAPES = [(1, 1), (1, 8), (5, 33), (64, 128)]  # C = 1: variance 0, only eps stands
 with_bias = pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
 shapes = pytest.mark.parametrize(("T", "C"), SHAPES)
@@ -46,6 +46,32 @@ def test_ref_is_layer_norm_of_the_sum(T, C, biased):
     y, s = add_norm_ref(x, r, Norm(w, nb, EPS), b if biased else None)
     assert torch.equal(s, r + (x + b if biased else x))
     torch.testing.assert_close(y, F.layer_norm(s, (C,), w, nb, EPS))
+    plain, _ = add_norm_ref(x, r, Norm(w, None, EPS), b if biased else None)
+    torch.testing.assert_close(plain, F.layer_norm(s, (C,), w, None, EPS))
+
+
+@shapes
+@with_bias
+def test_ref_is_rms_norm_of_the_sum(T, C, biased):
+    (x, r, w, _, b), _ = make(T, C)
+    y, s = add_norm_ref(x, r, Norm(w, None, EPS, rms=True), b if biased else None)
+    assert torch.equal(s, r + (x + b if biased else x))
+    torch.testing.assert_close(y, F.rms_norm(s, (C,), w, EPS))
+
+
+@pytest.mark.parametrize("fn", [add_norm_ref, TORCH.add_norm], ids=["definition", "torch"])
+def test_the_second_result_is_the_next_residual(fn):
+    """The sum before the norm, or what comes out of it; without a residual the sum is x."""
+    (x, r, w, nb, b), _ = make(3, 8)
+    norm = Norm(w, nb, EPS)
+    y, s = fn(x, r, norm, b)
+    again, stream = fn(x, r, norm, b, post=True)
+    assert torch.equal(again, y)
+    assert torch.equal(stream, y)
+    for bias in (None, b):
+        y, s = fn(x, None, norm, bias)
+        assert torch.equal(s, x if bias is None else x + b)
+        torch.testing.assert_close(y, F.layer_norm(s, (8,), w, nb, EPS))
 
 
 def test_ref_drops_x_and_bias_but_not_the_residual():
@@ -67,6 +93,29 @@ def test_fp64_equals_the_definition(T, C, biased, p):
     exact = run(add_norm_ref, inputs, upstream, biased, keep=keep, p=p)
     for a, e in zip(actual, exact, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("rms", [False, True], ids=["LayerNorm", "RMSNorm"])
+@pytest.mark.parametrize("post", [False, True], ids=["pre", "post"])
+def test_norms_without_bias_and_sums_without_residual(dtype, p, rms, post):
+    """As the newer models have them: both results and every gradient."""
+    inputs, upstream = make(5, 33, dtype)
+    dropout, keep = drawn(5, 33, p) if p else (None, None)
+
+    def gradients(fn, dtype, wide, **drops):
+        x, w, b = (inputs[i].to(d).requires_grad_() for i, d in ((0, dtype), (2, wide), (4, wide)))
+        results = fn(x, None, Norm(w, None, EPS, rms), b, post=post, **drops)
+        sent = [g.to(dtype) for g in upstream]
+        return [*results, *torch.autograd.grad(results, (x, w, b), sent)]
+
+    actual = gradients(TORCH.add_norm, dtype, torch.promote_types(dtype, FP32), dropout=dropout)
+    same_dtype, exact = (
+        gradients(add_norm_ref, d, d, keep=keep, p=p) for d in (dtype, torch.float64)
+    )
+    for a, same, e in zip(actual, same_dtype, exact, strict=True):
+        assert_as_accurate(a.to(dtype), same, e, scale=e.abs().max().item())
 
 
 def check_accuracy(T, C, biased, dtype, p):
@@ -197,7 +246,13 @@ def test_statistics_do_not_lose_a_large_mean():
     ids=["three axes", "residual", "weight"],
 )
 def test_wrong_shapes_are_named(x, residual, weight):
-    message = rf"expected x \(T, C\), residual \(T, C\) and norm \(C,\), got \({x[0]}, "
+    message = rf"expected x and residual \(T, C\), weight and biases \(C,\), got x \({x[0]}, "
     norm = Norm(torch.ones(weight), torch.ones(weight), EPS)
     with pytest.raises(ValueError, match=message):
         TORCH.add_norm(torch.zeros(x), torch.zeros(residual), norm)
+
+
+def test_an_rms_norm_has_no_bias():
+    norm = Norm(torch.ones(4), torch.ones(4), EPS, rms=True)
+    with pytest.raises(ValueError, match="expected an RMSNorm without bias"):
+        TORCH.add_norm(torch.zeros(2, 4), None, norm)
