@@ -1,0 +1,92 @@
+"""Which rows of a batch have the same id: how the gradient of a table is added up.
+
+Order       The T rows of a batch, those of one id side by side, each id's as they come. The n rows
+            of an id are a segment, which is cut every PIECE rows: into what depends on n and on
+            nothing beside it. Of 7 ids, if PIECE were 2:
+
+                row        0 1 2 3 4 5 6        rows       4 | 1 5 | 0 2 : 3 6
+                id         7 3 7 7 0 3 7        pieces     0   1     3     5   7
+
+            A piece is one program's to sum. A segment of one piece is done then; the sums of a long
+            segment, of several, wait in slots until they are added up. Piece j of a segment that
+            begins at place `begin` has slot 2 * (begin // PIECE + j) + (j == 0), and no other has:
+            of PIECE places in a row, no more than one begins a long segment, and no more than one
+            begins another piece of one.
+
+Memory      Of each tensor of ids a line of int32 words, as many as T alone decides, so that a
+            captured step finds the lists of any batch in the same places:
+
+                1                    how many pieces there are
+                T                    rows
+                2 * cdiv(T, PIECE)   begin and end of the long segment that begins in those PIECE
+                                     places; 0, 0: none does
+                T + 1                of each piece 4 * begin + 2 * (it is of a long segment) + (it
+                                     is the first of its segment); then 4 * T
+
+It is made on the host, when a batch is put together: no kernel sorts.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .table_gradients import TableGradients
+
+PIECE = 64  # rows
+
+
+@dataclass(frozen=True, eq=False)
+class EmbedOrder:
+    """The order of T rows by each of N tensors of ids. Make one with `EmbedOrder.sort`."""
+
+    words: Tensor           # (N, W) int32: their lines
+    rows: int               # T
+    lines: tuple[int, ...]  # which of them, one for each table
+    gradients: "TableGradients | None" = None  # memory that the gradients go to; None: new memory
+
+    @staticmethod
+    def sort(ids: Sequence[Tensor]) -> "EmbedOrder":
+        """The order by each of `ids`, (T,) int64, on the host: ids on a GPU are waited for."""
+        N, T = len(ids), len(ids[0])
+        keys = torch.stack([i.cpu() for i in ids]).clamp_(-1, 2**31 - 1)  # no table has rows beyond
+        keys = keys.bitwise_left_shift_(32).add_(torch.arange(T))  # all differ: see `Order`
+        keys.numpy().sort()  # in place, and seven times as fast as torch's: measured
+        words = torch.zeros(N, 2 + 2 * T + 2 * -(-T // PIECE), dtype=torch.int32)
+        if T:
+            _write_lines(words, keys)
+        return EmbedOrder(words, T, tuple(range(N)))
+
+    def pick(self, *which: int) -> "EmbedOrder":
+        """The order by these of the tensors."""
+        return replace(self, lines=tuple(self.lines[i] for i in which))
+
+    def to(self, device: torch.device | str) -> "EmbedOrder":
+        """The same order on `device`; a copy of pinned memory does not wait."""
+        return replace(self, words=self.words.to(device, non_blocking=True))
+
+
+def _write_lines(words: Tensor, keys: Tensor) -> None:
+    """From sorted keys (N, T), an id in the high half of each and its row in the low half."""
+    N, T = keys.shape
+    counts, rows, segments, pieces = words.split([1, T, 2 * -(-T // PIECE), T + 1], dim=1)
+    rows.copy_(keys)  # drops the high half
+    ids = keys.bitwise_right_shift_(32)
+    first = torch.ones(N, T, dtype=torch.bool)
+    torch.ne(ids[:, 1:], ids[:, :-1], out=first[:, 1:])
+    line, begin = first.nonzero().unbind(1)  # of each segment
+    n = torch.diff(line * T + begin, append=torch.tensor([N * T]))
+    parts, long = (n + PIECE - 1) // PIECE, n > PIECE
+    number = parts.cumsum(0) - parts  # of its first piece
+    of = torch.repeat_interleave(parts)  # the segment of each piece
+    j = torch.arange(len(of)) - number[of]
+    per_line = torch.bincount(line[of], minlength=N)
+    counts[:, 0] = per_line
+    pieces.fill_(4 * T)
+    at = torch.arange(len(of)) - (per_line.cumsum(0) - per_line)[line[of]]
+    pieces[line[of], at] = (4 * (begin[of] + j * PIECE) + 2 * long[of] + (j == 0)).int()
+    line, begin, n = line[long], begin[long], n[long]
+    segments.unflatten(1, (-1, 2))[line, begin // PIECE] = torch.stack((begin, begin + n), 1).int()
