@@ -223,7 +223,7 @@ class AdamW(torch.optim.Optimizer):
             there = before.get(p, {})
             for name, value in values.items():
                 if name in _names(p):
-                    kept = there[name] if name in there else _new(p, name)
+                    kept = there[name] if name in there else self._fresh(p, name)
                     value = torch.as_tensor(value) if name == "step" else like(p, value)
                     self.state[p][name] = kept.copy_(value)
 
@@ -297,8 +297,7 @@ class AdamW(torch.optim.Optimizer):
         for name in _names(p):
             there = state.get(name)
             if there is None:
-                given = self._masters.get(p) if name == "master" else None
-                fits = _new(p, name) if given is None else given
+                fits = self._fresh(p, name)
             elif name == "step":
                 fits = torch.as_tensor(there, dtype=torch.float32, device=p.device)
             else:
@@ -307,6 +306,11 @@ class AdamW(torch.optim.Optimizer):
                 raise RuntimeError("expected state made before the capture: call prepare() first")
             state[name] = fits
         return state
+
+    def _fresh(self, p, name):
+        """As it is before the first step. A master that was given is the one that is stepped."""
+        given = self._masters.get(p) if name == "master" else None
+        return _new(p, name) if given is None else given
 
     def _launch(self, rows):
         launch_step(

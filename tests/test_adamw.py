@@ -352,6 +352,18 @@ def test_resuming_is_exact_to_the_bit(dtype):
     )
 
 
+def test_a_loaded_state_is_written_into_the_masters_that_were_given():
+    """Else the model's own weights, which they are, would stand still from then on."""
+    master = torch.linspace(-1, 1, 6, device=DEVICE)
+    saved = AdamW([p := master.bfloat16().requires_grad_()], masters={p: master.clone()})
+    run(saved, [p], range(2))
+    q = master.bfloat16().requires_grad_()
+    resumed = AdamW([q], masters={q: master})
+    resumed.load_state_dict(saved.state_dict())
+    assert resumed.state[q]["master"] is master
+    assert torch.equal(master, saved.state[p]["master"])
+
+
 def test_state_survives_copy_and_pickle():
     """Of the state_dict, and of the whole optimizer."""
     parameters = parameters_of([(6,)])
