@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .ops import Layout
+from .ops import EmbedOrder, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +41,14 @@ class Batch:
     layout: Layout
     targets: Tensor  # (B,) int64
     rows: tuple[int, ...]  # (B,) which examples of the data these are
+    order: EmbedOrder | None = None  # by tokens, positions, types, and one type for all; to train
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`; copies do not wait."""
         names = ("tokens", "positions", "types", "key", "layout", "targets")
         moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names if n != "layout"}
-        return replace(self, layout=self.layout.to(device), **moved)
+        order = self.order and self.order.to(device)
+        return replace(self, layout=self.layout.to(device), order=order, **moved)
 
 
 def bucket(tokens: int) -> int:
@@ -56,16 +58,19 @@ def bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
-def collate(examples: Sequence[Example], rows: Sequence[int], first: int = 0) -> Batch:
+def collate(
+    examples: Sequence[Example], rows: Sequence[int], first: int = 0, train: bool = False
+) -> Batch:
     """Packs `examples[row] for row in rows`.
 
     Args:
         examples: the data.
         rows: which of them, in the step's order.
         first: number in the step of the first row: how many micro-batches before this one held.
+        train: the batch is given the order that the gradient of the embeddings is added up in.
     """
-    order = sorted(range(len(rows)), key=lambda i: len(examples[rows[i]].tokens))  # stable
-    chosen = [examples[rows[i]] for i in order]
+    by_length = sorted(range(len(rows)), key=lambda i: len(examples[rows[i]].tokens))  # stable
+    chosen = [examples[rows[i]] for i in by_length]
     lengths = [len(e.tokens) for e in chosen]
     T = bucket(sum(lengths))
 
@@ -74,16 +79,19 @@ def collate(examples: Sequence[Example], rows: Sequence[int], first: int = 0) ->
         np.concatenate([np.asarray(part, np.int64) for part in parts], out=x[: sum(lengths)])
         return torch.from_numpy(x)
 
-    number = packed([np.full(n, first + i) for n, i in zip(lengths, order, strict=True)])
+    number = packed([np.full(n, first + i) for n, i in zip(lengths, by_length, strict=True)])
     positions = packed([np.arange(n) for n in lengths])
+    tokens, types = packed([e.tokens for e in chosen]), packed([e.types for e in chosen])
+    one_type = torch.zeros_like(types)
     return Batch(
-        tokens=packed([e.tokens for e in chosen]),
+        tokens=tokens,
         positions=positions,
-        types=packed([e.types for e in chosen]),
+        types=types,
         key=(number << 32) + positions,
         layout=Layout.pack(lengths, T),
         targets=torch.tensor([e.target for e in chosen]),
-        rows=tuple(rows[i] for i in order),
+        rows=tuple(rows[i] for i in by_length),
+        order=EmbedOrder.sort((tokens, positions, types, one_type)) if train else None,
     )
 
 
@@ -113,7 +121,7 @@ class Batches:
         for k in range(start, len(self)):
             rows = order[k * size : (k + 1) * size]
             yield [
-                collate(self.examples, rows[i : i + self.batch_size], first=i)
+                collate(self.examples, rows[i : i + self.batch_size], first=i, train=True)
                 for i in range(0, len(rows), self.batch_size)
             ]
 

@@ -39,26 +39,28 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (T, C)
+        residual: Tensor,  # (T, C): x once more, so that two gradients are added where both go
         layout: Layout,
         ops: Ops,
         dropout: Dropout | None,
         rows: Tensor | None,  # (N,): only these are needed after attention
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         H, p, site = self.config.n_head, self.config.hidden_dropout, self.site
         drop = dropout and dropout.at(site, self.config.attention_dropout)
         qkv = linear(x, self.attention.qkv).view(len(x), 3 * H, -1)  # (T, 3H, D)
         o = ops.attention(qkv, layout, H, dropout=drop).flatten(1)  # (T, C)
         if rows is not None:
-            o, x = o.index_select(0, rows), x.index_select(0, rows)  # (N, C)
+            o, residual = o.index_select(0, rows), residual.index_select(0, rows)  # (N, C)
         drop = dropout and dropout.at(site + 1, p, rows)
         o = matmul(o, self.attention.out)
-        x, _ = ops.add_norm(o, x, norm(self.attention.norm), self.attention.out.bias, drop)
+        bias = self.attention.out.bias
+        x, residual = ops.add_norm(o, residual, norm(self.attention.norm), bias, drop, post=True)
         h = ops.bias_gelu(
             matmul(x, self.mlp.up), self.mlp.up.bias, self.config.activation
         )  # (T, F)
         drop = dropout and dropout.at(site + 2, p, rows)
-        h = matmul(h, self.mlp.down)
-        return ops.add_norm(h, x, norm(self.mlp.norm), self.mlp.down.bias, drop)[0]
+        h, bias = matmul(h, self.mlp.down), self.mlp.down.bias
+        return ops.add_norm(h, residual, norm(self.mlp.norm), bias, drop, post=True)
 
 
 class Bert(nn.Module):
@@ -82,12 +84,15 @@ class Bert(nn.Module):
         """(T, C) the input of the first block."""
         e, offset, types = self.embeddings, self.config.position_offset, self.config.n_types
         ids, tables = [batch.tokens, batch.positions], [e.word.weight, e.position.weight]
+        lines = [0, 1]  # of batch.order
         if offset:
             ids[1] = ids[1] + offset
         if types:  # a model of one type knows no second text
             ids.append(batch.types if types > 1 else torch.zeros_like(batch.types))
             tables.append(e.token_type.weight)
-        return ops.embed(tuple(ids), tuple(tables), norm(e.norm), dtype, drop)
+            lines.append(2 if types > 1 else 3)
+        order = batch.order and batch.order.pick(*lines)
+        return ops.embed(tuple(ids), tuple(tables), norm(e.norm), dtype, drop, order)
 
     def forward(
         self,
@@ -120,8 +125,10 @@ class Bert(nn.Module):
             )
         ops = ops or ops_for(batch.tokens.device)
         x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.hidden_dropout))
+        residual = x
         for i, block in enumerate(self.layers):
-            x = block(x, batch.layout, ops, dropout, rows if i == config.n_layer - 1 else None)
+            wanted = rows if i == config.n_layer - 1 else None
+            x, residual = block(x, residual, batch.layout, ops, dropout, wanted)
         return x
 
 

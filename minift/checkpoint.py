@@ -20,7 +20,7 @@ from torch import nn
 
 from .errors import InputError
 from .files import cannot_write, read_json, write_file, write_folder, write_json
-from .optim import kept
+from .optim import kept, leaves_of
 from .tokenizer import Tokenizer
 from .train import TrainState
 from .weights import read_weights, save_model
@@ -42,11 +42,12 @@ def save_checkpoint(
     path = output / f"checkpoint-{state.step}"
     if path.exists():
         return path
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in leaves_of(model, state.shadows).items()}
+    kinds = kept(state.optimizer)  # a master is the model's own weight
     moments = {
-        f"{kind}.{names[id(parameter)]}": tensor
-        for parameter, kinds in state.optimizer.state.items()
-        for kind, tensor in kinds.items()
+        f"{kind}.{names[id(parameter)]}": there[kind]
+        for parameter, there in state.optimizer.state.items()
+        for kind in kinds & set(there)
     }
 
     def fill(folder: Path) -> None:
@@ -80,7 +81,8 @@ def load_checkpoint(path: Path, model: nn.Module, state: TrainState) -> dict[str
     for name, tensor in moments.items():
         kind, _, parameter = name.partition(".")
         kinds.setdefault(parameter, {})[kind] = tensor
-    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    leaves = leaves_of(model, state.shadows)
+    trained = {n: p for n, p in leaves.items() if p.requires_grad}
     expected = kept(state.optimizer) if saved["step"] else set()
     found = {(name, kind) for name, tensors in kinds.items() for kind in tensors}
     if found != {(name, kind) for name in trained for kind in expected}:

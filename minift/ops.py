@@ -7,18 +7,23 @@ A model that is given no table takes `ops_for` the device of its input.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from . import torch_ops
 from .kernels.adamw import AdamW
-from .kernels.add_norm import Norm
+from .kernels.add_norm import Norm, add_norm
 from .kernels.attention import attention
 from .kernels.attention import attention_probs as attention_probs_of
+from .kernels.bias_gelu import bias_gelu
 from .kernels.cross_entropy import IGNORE_INDEX, cross_entropy
-from .kernels.dropout import Draw, Dropout, draw_dropout
+from .kernels.dropout import Draw, Dropout, draw_dropout, draw_dropout_ref, drop
+from .kernels.embed import embed
+from .kernels.embed_order import EmbedOrder
 from .kernels.layout import Layout
+from .kernels.linear_cross_entropy import linear_cross_entropy
+from .kernels.table_gradients import TableGradients
 from .kernels.target_report import TargetReport
 from .torch_ops import clip_in_step
 
@@ -29,9 +34,11 @@ __all__ = [
     "TRITON",
     "Draw",
     "Dropout",
+    "EmbedOrder",
     "Layout",
     "Norm",
     "Ops",
+    "TableGradients",
     "TargetReport",
     "attention_probs_of",
     "clip_in_step",
@@ -50,26 +57,39 @@ class Ops:
     embed: Callable
     drop: Callable
     cross_entropy: Callable
+    linear_cross_entropy: Callable
     adamw: Callable  # -> a torch.optim.Optimizer whose step clips: grad_norm, skipped
+    masters: bool = False  # whether it takes 16-bit weights and steps their fp32 masters
 
 
-def _adamw(groups, betas, eps, max_grad_norm):
-    return AdamW(groups, betas=betas, eps=eps, max_grad_norm=max_grad_norm)
+def _adamw(groups, betas, eps, max_grad_norm, masters=None):
+    return AdamW(groups, betas=betas, eps=eps, max_grad_norm=max_grad_norm, masters=masters)
 
 
 TORCH = Ops(
-    draw_dropout=draw_dropout,
+    draw_dropout=draw_dropout_ref,
     attention=torch_ops.attention,
     add_norm=torch_ops.add_norm,
     bias_gelu=torch_ops.bias_gelu,
     embed=torch_ops.embed,
     drop=torch_ops.drop,
     cross_entropy=torch_ops.cross_entropy,
+    linear_cross_entropy=torch_ops.linear_cross_entropy,
     adamw=torch_ops.adamw,
 )
 
-# Operations without a kernel are torch's.
-TRITON = replace(TORCH, attention=attention, cross_entropy=cross_entropy, adamw=_adamw)
+TRITON = Ops(
+    draw_dropout=draw_dropout,
+    attention=attention,
+    add_norm=add_norm,
+    bias_gelu=bias_gelu,
+    embed=embed,
+    drop=drop,
+    cross_entropy=cross_entropy,
+    linear_cross_entropy=linear_cross_entropy,
+    adamw=_adamw,
+    masters=True,
+)
 
 TABLES = {"torch": TORCH, "triton": TRITON}
 

@@ -3,9 +3,10 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import TrainConfig
+from .layers import Shadows
 from .methods import ParamGroup
 from .ops import Ops, clip_in_step
 
@@ -33,15 +34,20 @@ def schedule(step: int, total: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(
-    model: nn.Module, groups: list[ParamGroup], config: TrainConfig, ops: Ops
+    model: nn.Module,
+    groups: list[ParamGroup],
+    config: TrainConfig,
+    ops: Ops,
+    shadows: Shadows | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer over the trained rows of the table; groups keep their peak rate as `peak_lr`.
 
     AdamW is that of `ops`; Adam and SGD, which add the decay to the gradient, are torch's. Their
     `step` clips; then `grad_norm` is the norm before clipping, a () tensor, and `skipped` the
-    number of steps that were not taken because it was not finite.
+    number of steps that were not taken because it was not finite. Where there are `shadows`, they
+    stand in the groups, and their masters are stepped.
     """
-    parameters = dict(model.named_parameters())
+    parameters = leaves_of(model, shadows)
     trained = [
         {
             "params": [parameters[name] for name in g.names],
@@ -55,12 +61,20 @@ def make_optimizer(
     betas, eps = (config.adam_beta1, config.adam_beta2), config.adam_epsilon
     max_norm = config.max_grad_norm or math.inf
     if config.optim == "adamw":
-        return ops.adamw(trained, betas, eps, max_norm)
+        if shadows is None:
+            return ops.adamw(trained, betas, eps, max_norm)
+        masters = {shadows.leaves[name]: p.detach() for name, p in shadows.masters.items()}
+        return ops.adamw(trained, betas, eps, max_norm, masters)
     if config.optim == "sgd":
         optimizer = torch.optim.SGD(trained, momentum=config.momentum, fused=True)
     else:
         optimizer = torch.optim.Adam(trained, betas=betas, eps=eps, fused=True)
     return clip_in_step(optimizer, max_norm)
+
+
+def leaves_of(model: nn.Module, shadows: Shadows | None) -> dict[str, Tensor]:
+    """What a step differentiates and an optimizer holds, by the name of the parameter."""
+    return dict(model.named_parameters()) | (shadows.leaves if shadows else {})
 
 
 def kept(optimizer: torch.optim.Optimizer) -> set[str]:

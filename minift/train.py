@@ -10,15 +10,16 @@ over all its micro-batches, so a batch of 8 and 8 accumulated batches of 1 are t
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from .batch import Batch, Batches, Example
 from .config import TrainConfig
+from .layers import Shadows
 from .methods import ParamGroup, apply_rules, rules_of
-from .ops import Draw, Ops, TargetReport, ops_for
+from .ops import Draw, Ops, TableGradients, TargetReport, ops_for
 from .optim import make_optimizer, schedule
 from .tasks.classification import Classification
 
@@ -34,6 +35,8 @@ class TrainState:
     groups: list[ParamGroup]
     optimizer: torch.optim.Optimizer
     step: int = 0
+    shadows: Shadows | None = None  # the weights in 16 bits, where the optimizer keeps masters
+    tables: TableGradients = field(default_factory=TableGradients)
 
     @staticmethod
     def new(model: nn.Module, config: TrainConfig, ops: Ops | None = None) -> "TrainState":
@@ -44,8 +47,12 @@ class TrainState:
         """
         rules = rules_of(config, model.config.n_layer, model.head_groups)
         groups = apply_rules(model, rules, config.weight_decay)
-        ops = ops or ops_for(next(model.parameters()).device)
-        return TrainState(groups, make_optimizer(model, groups, config, ops))
+        device = next(model.parameters()).device
+        ops, dtype = ops or ops_for(device), compute_dtype(config, device)
+        half = dtype != torch.float32 and ops.masters and config.optim == "adamw"
+        shadows = Shadows(model, dtype) if half else None
+        optimizer = make_optimizer(model, groups, config, ops, shadows)
+        return TrainState(groups, optimizer, shadows=shadows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +151,7 @@ def train(
             factor = schedule(state.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss = gradients(model, micro_batches, task, ops, dtype, draw, report)
-            optimizer.step()
-            optimizer.zero_grad()
+            loss = _take_step(model, state, micro_batches, task, ops, dtype, draw, report)
             step = Step(
                 index=state.step + 1,
                 total=total,
@@ -167,6 +172,16 @@ def train(
                 break
 
 
+def _take_step(model, state, micro_batches, task, ops, dtype, draw, report):
+    """() the loss; gradients are made, used and forgotten."""
+    model, tables = state.shadows or model, state.tables
+    loss = gradients(model, micro_batches, task, ops, dtype, draw, report, tables)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    tables.clear()
+    return loss
+
+
 def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches:
     """The batches, made by the configuration if need be; never none."""
     if not isinstance(given, Batches):
@@ -178,28 +193,50 @@ def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches
 
 
 def gradients(
-    model: nn.Module,
+    model: nn.Module | Shadows,
     micro_batches: Sequence[Batch],
     task: Classification,
     ops: Ops,
     dtype: torch.dtype,
     draw: Draw,
     report: TargetReport | None = None,
+    tables: TableGradients | None = None,
 ) -> Tensor:
-    """Adds the gradients of one optimizer step to the parameters' `grad`.
+    """Adds the gradients of one optimizer step to the parameters' `grad`, or that of their leaves.
 
     Args:
+        model: or its 16-bit leaves, whose `grad` is None before.
         report: sees the targets.
+        tables: memory for the gradients of embeddings, to be cleared by the caller.
 
     Returns:
         () the loss of the step: one mean over all its targets, however they are cut into
-        micro-batches.
+        micro-batches. Those of 16-bit leaves are added up in fp32 and rounded once.
     """
     loss = torch.zeros((), device=draw.step.device)
     weight = sum(task.weight(batch) for batch in micro_batches) or 1.0
+    several = len(micro_batches) > 1 and isinstance(model, Shadows)
+    sums = {}
     for batch in micro_batches:
         batch = batch.to(loss.device)
+        if tables is not None and batch.order is not None:
+            batch = replace(batch, order=replace(batch.order, gradients=tables))
         part = task.loss(model(batch, ops, dtype, draw), batch, ops, report) / weight
         part.backward()
         loss += part.detach()
+        if several:
+            _take_gradients(model, sums)
+    for leaf, total in sums.items():
+        leaf.grad = total.to(leaf.dtype)
+    if tables is not None:
+        tables.settle()
     return loss
+
+
+def _take_gradients(shadows: Shadows, sums: dict[Tensor, Tensor]) -> None:
+    """Moves the gradients of the leaves into the fp32 sums."""
+    for leaf in shadows.leaves.values():
+        if leaf.grad is not None:
+            total = sums.get(leaf)
+            sums[leaf] = leaf.grad.float() if total is None else total.add_(leaf.grad)
+            leaf.grad = None

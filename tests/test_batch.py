@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from minift import Batches, Example
 from minift.batch import bucket, collate, evaluation_batches
+from minift.ops import EmbedOrder
 
 
 def make_examples(lengths: list[int]) -> list[Example]:
@@ -79,12 +80,28 @@ def test_bucket():
 
 def test_moving_a_batch_moves_all_of_it():
     """A tensor left behind would fail in the first operation on a GPU: here on 'meta'."""
-    batch = collate(make_examples([3, 2]), [0, 1]).to("meta")
-    for x in (batch.tokens, batch.positions, batch.types, batch.key, batch.targets):
+    batch = collate(make_examples([3, 2]), [0, 1], train=True).to("meta")
+    order = batch.order.words
+    for x in (batch.tokens, batch.positions, batch.types, batch.key, batch.targets, order):
         assert x.is_meta
     assert batch.layout.first.is_meta
     assert batch.layout.lengths == (2, 3)
     assert batch.rows == (1, 0)
+
+
+def test_a_batch_to_train_on_knows_which_rows_share_an_id():
+    """By tokens, positions, types, and one type for all; one to evaluate has no need of it."""
+    examples = make_examples([9, 3, 5])
+    batch = collate(examples, [0, 1, 2], train=True)
+    ids = batch.tokens, batch.positions, batch.types, torch.zeros_like(batch.types)
+    expected = EmbedOrder.sort(ids)
+    assert torch.equal(batch.order.words, expected.words)
+    assert (batch.order.rows, batch.order.lines) == (batch.layout.rows, (0, 1, 2, 3))
+    (step,) = Batches(examples, 3).epoch(0)
+    assert step[0].order.rows == 32
+    (whole,) = evaluation_batches(examples)
+    assert whole.order is None
+    assert whole.to("cpu").order is None
 
 
 # ---------------------------------------------------------------- order

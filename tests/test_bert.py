@@ -392,6 +392,23 @@ def test_every_place_has_its_own_mask_and_probability(family, head):
     assert places == [*want, *(("drop", site, 0.3) for site in head)]
 
 
+def test_each_use_of_a_norm_takes_a_result_of_its_own():
+    """One goes into the matmul, the other to the next residual: the norm adds their gradients,
+    and no layer adds any."""
+    streams, residuals = [], []
+
+    def add_norm(x, residual, *args, **options):
+        y, stream = TORCH.add_norm(x, residual, *args, **options)
+        residuals.append(residual)
+        streams.append(stream.view_as(stream))
+        return y, streams[-1]
+
+    model = make_model()
+    model.bert(together(make_examples([4, 9])), ops=replace(TORCH, add_norm=add_norm))
+    assert len(streams) == 2 * len(model.bert.layers)
+    assert all(r is s for r, s in zip(residuals[1:], streams[:-1], strict=True))
+
+
 def test_global_random_state_is_left_alone(minilm):
     """Reproducibility must not hang on who else draws from torch's generator."""
     before = torch.get_rng_state()

@@ -17,6 +17,7 @@ from minift.checkpoint import checkpoints, load_checkpoint, prune, save_checkpoi
 from minift.config import TrainConfig
 from minift.data import read_rows
 from minift.errors import InputError
+from minift.ops import TRITON, Ops
 from minift.tasks.classification import Classification
 from minift.train import TrainState, train
 from minift.weights import load
@@ -168,13 +169,16 @@ OPTIMIZERS = {  # flags, and what is kept of each parameter
 }
 
 
-def two_steps(files: Path, output: Path, flags: dict) -> tuple:
-    """A run that stops after two steps of five; its configuration, data, and checkpoint."""
+def two_steps(
+    files: Path, output: Path, flags: dict, ops: Ops | None = None, size: int = 8
+) -> tuple:
+    """A run that stops after two steps of five or so; its configuration, data, and checkpoint."""
     model, tokenizer = load(files / "model", ("neg", "pos"))
     examples = Classification(("neg", "pos")).encode(read_rows(files / "train.csv"), tokenizer)
-    config, batches = TrainConfig(max_steps=5, learning_rate=1e-2, **flags), Batches(examples, 8)
-    state = TrainState.new(model, config)
-    steps = train(model, batches, config, state=state)
+    config = TrainConfig(**{"max_steps": 5, "learning_rate": 1e-2} | flags)
+    batches = Batches(examples, size)
+    state = TrainState.new(model, config, ops)
+    steps = train(model, batches, config, state=state, ops=ops)
     next(steps), next(steps)
     return config, batches, save_checkpoint(output, model, tokenizer, state, {})
 
@@ -189,6 +193,21 @@ def test_every_optimizer_resumes_to_the_bits_of_the_run_that_went_on(files, tmp_
     state = TrainState.new(resumed, config)
     load_checkpoint(path, resumed, state)
     assert len(list(train(resumed, batches, config, state=state))) == 3
+    for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_kernels_resume_to_the_same_bits_in_bf16(files, tmp_path):
+    """16-bit leaves are made of the loaded masters; these are in the file once, as the model."""
+    config, batches, path = two_steps(files, tmp_path, {"dtype": "bf16", "max_steps": 3}, TRITON, 1)
+    whole, resumed = (load(files / "model", ("neg", "pos"))[0] for _ in range(2))
+    names = {f"{kind}.{name}" for kind in ADAM for name, _ in whole.named_parameters()}
+    assert load_file(path / "optimizer.safetensors").keys() == names
+    losses = [step.loss for step in train(whole, batches, config, ops=TRITON)]
+    state = TrainState.new(resumed, config, TRITON)
+    load_checkpoint(path, resumed, state)
+    rest = [step.loss for step in train(resumed, batches, config, state=state, ops=TRITON)]
+    assert rest == losses[2:]
     for (name, a), b in zip(whole.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -1,5 +1,8 @@
 """minift/tasks/classification.py: labels, weights, loss, metrics and predictions of the task."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_model
 
-from minift.batch import Batches, Example
+from minift.batch import Batches, Example, collate
 from minift.data import Row
 from minift.errors import InputError
 from minift.ops import TORCH
@@ -131,3 +134,24 @@ def test_predicting_leaves_no_gradient(tmp_path):
     model, tokenizer = load(tiny_model(tmp_path), ("a", "b"))
     list(predict(model, tokenizer, rows_of(None)))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_class_weights_are_uploaded_once_and_not_rounded():
+    """One tensor for all steps, in fp32 beside bf16 logits: a mean divides by the same weights."""
+    seen = []
+
+    def cross_entropy(logits, targets, weight, smoothing, report):
+        seen.append(weight)
+        return TORCH.cross_entropy(logits, targets, weight, smoothing, report=report)
+
+    task, ops = Classification(("a", "b"), (0.2, 3.1)), replace(TORCH, cross_entropy=cross_entropy)
+    batch = collate([Example([1, 2], [0, 0], i) for i in (0, 1)], [0, 1])
+    logits = torch.zeros(2, 2, dtype=torch.bfloat16, requires_grad=True)
+    for _ in range(2):
+        loss = task.loss(logits, batch, ops) / task.weight(batch)
+        torch.testing.assert_close(loss, torch.tensor(math.log(2)))
+    assert seen[0] is seen[1]
+    assert torch.equal(seen[0], torch.tensor([0.2, 3.1]))
+    with torch.inference_mode():
+        Classification(("a", "b"), (0.3, 1.1)).loss(logits, batch, ops)
+    Classification(("a", "b"), (0.3, 1.1)).loss(logits, batch, ops).backward()

@@ -1,10 +1,25 @@
-"""minift.layers: random weights are a function of the seed, and a product has its input's dtype."""
+"""minift.layers: random weights are a function of the seed, a product has its input's dtype, and
+16-bit leaves stand where the model's weights do."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from minift.layers import MLP, Attention, Embedding, LayerNorm, Linear, init_weights, linear, matmul
+from minift.layers import (
+    MLP,
+    Attention,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Projection,
+    Shadows,
+    init_weights,
+    linear,
+    matmul,
+)
+
+BF16 = torch.bfloat16
 
 
 def test_making_a_layer_draws_nothing():
@@ -74,3 +89,46 @@ def test_init_weights_is_a_function_of_the_seed():
         assert torch.equal(a, b)
     assert not torch.equal(first["a"].weight, other["a"].weight)
     assert not torch.equal(first["c"].up.weight, first["c"].down.weight)
+
+
+class Tied(nn.Module):
+    """A table that is also the last projection, and two Linears that share their parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.word, self.head = Embedding(7, 4), Projection(4, 7)
+        self.first, self.second = Linear(4, 4), Linear(4, 4)
+        self.head.weight = self.word.weight
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+        init_weights(self, 1.0, seed=0)
+
+    def forward(self, ids):
+        x = F.embedding(ids, self.word.weight).to(BF16)
+        return matmul(linear(linear(x, self.first), self.second), self.head)
+
+
+def test_shadows_of_shared_parameters():
+    """One leaf, whose gradient is the sum over the layers that hold it; a table stays fp32."""
+    ids, model, plain = torch.tensor([1, 5, 5]), Tied(), Tied()
+    shadows = Shadows(model, BF16)
+    assert shadows.leaves.keys() == {"first.weight", "first.bias"}
+    logits, expected = shadows(ids), plain(ids)
+    assert torch.equal(logits, expected)
+    up = torch.linspace(-1, 2, logits.numel()).view_as(logits).to(BF16)
+    logits.backward(up), expected.backward(up)
+    assert torch.equal(model.word.weight.grad, plain.word.weight.grad)
+    for name, leaf in shadows.leaves.items():
+        torch.testing.assert_close(
+            leaf.grad.float(), plain.get_parameter(name).grad, rtol=2**-7, atol=2**-7
+        )
+        assert model.get_parameter(name).grad is None
+
+
+def test_a_model_that_raises_has_its_own_weights_again():
+    model = Tied()
+    before = dict(model.named_parameters())
+    with pytest.raises(IndexError):
+        Shadows(model, BF16)(torch.tensor([7]))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is p for name, p in before.items())

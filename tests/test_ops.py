@@ -15,7 +15,7 @@ from minift.layers import init_weights
 from minift.ops import IGNORE_INDEX, TABLES, TORCH, TRITON, Draw, Layout, Norm, Ops, ops_for
 from minift.tasks.classification import Classification
 
-NAMES = [f.name for f in fields(Ops)]
+NAMES = [f.name for f in fields(Ops) if f.name != "masters"]  # a fact, not an operation
 IN_MODEL = ["draw_dropout", "attention", "add_norm", "bias_gelu", "embed", "drop"]
 
 
@@ -78,8 +78,8 @@ def test_model_takes_this_operation_from_its_table(name):
 
 
 def test_every_other_operation_is_the_trainers():
-    """So the list above is complete."""
-    assert {*NAMES} == {*IN_MODEL, "cross_entropy", "adamw"}
+    """So the list above is complete; of a language model's head linear_cross_entropy is a part."""
+    assert {*NAMES} == {*IN_MODEL, "cross_entropy", "linear_cross_entropy", "adamw"}
     _, batch, _ = tiny()
     logits = torch.zeros(2, 2, device=DEVICE)
     task = Classification(("a", "b"))
@@ -113,6 +113,7 @@ def calls(dtype):
     ids = tuple(torch.randint(4, (T,), device=DEVICE) for _ in range(2))
     target = torch.randint(3, (T,), device=DEVICE)
     target[2] = IGNORE_INDEX
+    listed = torch.tensor([1, 2, 5, 9], device=DEVICE)
 
     def attention(lengths):
         layout = Layout.pack(lengths, T).to(DEVICE)
@@ -166,6 +167,18 @@ def calls(dtype):
             [rand(T, 3)],
             [target],
             lambda x: TORCH.cross_entropy(x, target, None, 0.1),
+        ),
+        "linear_cross_entropy": (
+            [rand(T, C), wide(5, C), wide(5)],
+            [target, listed],
+            lambda x, w, b: TORCH.linear_cross_entropy(
+                x, w, target[listed], listed, bias=b, workspace_mib=1e-6
+            ),
+        ),
+        "linear_cross_entropy of all rows": (
+            [rand(T, C), rand(5, C)],
+            [target],
+            lambda x, w: TORCH.linear_cross_entropy(x, w, target),
         ),
         "draw_dropout": (
             [rand(1)],

@@ -12,9 +12,9 @@ from tiny import tiny_model, write_rows
 from minift.batch import Batches, Example
 from minift.config import TrainConfig
 from minift.data import read_rows
-from minift.ops import TORCH, TRITON
+from minift.ops import TORCH, TRITON, Draw
 from minift.tasks.classification import Classification
-from minift.train import Diverged, TrainState, compute_dtype, total_steps, train
+from minift.train import Diverged, TrainState, compute_dtype, gradients, total_steps, train
 from minift.weights import load
 
 LABELS = ("neg", "pos")
@@ -179,6 +179,87 @@ def test_bf16_keeps_fp32_masters_and_tiny_updates(model_and_examples):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert (weight != before).float().mean() > 0.9
     assert (weight.bfloat16() != before.bfloat16()).float().mean() < 0.1
+
+
+# ---------------------------------------------------------------- 16-bit leaves, fp32 masters
+
+
+def trained_in_bf16(files, ops, before_step=None, **flags):
+    """(losses, model, state) of three steps with the kernels, dropout on."""
+    model, tokenizer = load(files / "model", LABELS)
+    model.to(DEVICE)
+    examples = Classification(LABELS).encode(read_rows(files / "train.csv")[:6], tokenizer)
+    config = TrainConfig(max_steps=3, learning_rate=1e-3, dtype="bf16", **flags)
+    state = TrainState.new(model, config, ops)
+    batches, losses = Batches(examples, 2), []
+    for step in train(model, batches, config, state=state, ops=ops):
+        losses.append(step.loss)
+        if before_step:
+            before_step(step, model, state)
+    return losses, model, state
+
+
+@pytest.fixture(scope="module")
+def in_bf16(files):
+    return trained_in_bf16(files, TRITON)
+
+
+@pytest.mark.parametrize("flags", [{}, {"freeze": "embeddings,layers:0"}], ids=["", "frozen"])
+def test_shadows_change_no_bit(files, in_bf16, flags):
+    """A cast before every product, gradients cast back, and the optimizer on the parameters
+    themselves: the same losses and the same masters. Frozen weights are never written."""
+    losses, model, state = trained_in_bf16(files, TRITON, **flags) if flags else in_bf16
+    cast = replace(TRITON, masters=False)
+    expected, plain, other = trained_in_bf16(files, cast, **flags)
+    assert state.shadows is not None
+    assert other.shadows is None
+    assert losses == expected
+    masters = dict(plain.named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, masters[name]), name
+    for name, leaf in state.shadows.leaves.items():
+        assert torch.equal(leaf, masters[name].bfloat16()), name
+
+
+def test_who_writes_to_a_weight_is_heard(files, in_bf16):
+    """Between two steps: the next one computes with what was written."""
+
+    def write(step, model, _):
+        if step.index == 1:
+            with torch.no_grad():
+                model.head.weight.mul_(-3)
+
+    losses, model, state = trained_in_bf16(files, TRITON, before_step=write)
+    assert losses[0] == in_bf16[0][0]
+    assert losses[1] != in_bf16[0][1]
+    assert torch.equal(state.shadows.leaves["head.weight"], model.head.weight.bfloat16())
+
+
+def test_accumulated_gradients_are_rounded_once(files):
+    """The leaf's gradient is the rounded fp32 sum of those of four micro-batches."""
+    model, tokenizer = load(files / "model", LABELS)
+    examples = Classification(LABELS).encode(read_rows(files / "train.csv")[:4], tokenizer)
+    config, task = TrainConfig(dtype="bf16"), Classification(LABELS)
+    state = TrainState.new(model.to(DEVICE), config, TRITON)
+    draw = Draw(torch.tensor(1, device=DEVICE), torch.tensor(0, device=DEVICE))
+    (micro_batches,) = Batches(examples, 1, 4).epoch(0)
+    gradients(state.shadows, micro_batches, task, TRITON, torch.bfloat16, draw)
+    leaves = state.shadows.leaves
+    whole = {name: leaf.grad for name, leaf in leaves.items()}
+    sums = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
+    for batch in micro_batches:
+        state.optimizer.zero_grad()
+        logits = state.shadows(batch.to(DEVICE), TRITON, torch.bfloat16, draw)
+        (task.loss(logits, batch.to(DEVICE), TRITON) / 4).backward()
+        for name, leaf in leaves.items():
+            sums[name] += leaf.grad
+    for name, total in sums.items():
+        assert torch.equal(whole[name], total.bfloat16()), name
+
+
+def test_torchs_optimizer_keeps_no_masters():
+    with pytest.raises(ValueError, match="torch's AdamW keeps no masters"):
+        TORCH.adamw([], (0.9, 0.999), 1e-8, 1.0, {torch.zeros(1): torch.zeros(1)})
 
 
 def test_not_finite_stops_before_the_step_with_the_rows(model_and_examples):

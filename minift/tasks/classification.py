@@ -1,5 +1,6 @@
 """Classification: rows of text, or pairs, to one label each."""
 
+import functools
 import re
 from array import array
 from collections.abc import Iterator, Sequence
@@ -112,9 +113,7 @@ class Classification:
         self, logits: Tensor, batch: Batch, ops: Ops, report: TargetReport | None = None
     ) -> Tensor:
         """() the sum of the weighted losses of a batch, fp32; `report` sees the targets."""
-        weight = (
-            None if self.class_weights is None else logits.new_tensor(self.class_weights).float()
-        )
+        weight = self.class_weights and _uploaded(self.class_weights, logits.device)
         smoothing = self.label_smoothing
         losses = ops.cross_entropy(logits, batch.targets, weight, smoothing, report=report)
         return losses.sum()
@@ -139,6 +138,13 @@ class Classification:
         loss = float(-scores[np.arange(len(target)), target].mean())
         measured = classification_metrics(target, logits.argmax(-1), len(self.labels), self.labels)
         return {"loss": loss if np.isfinite(loss) else None, **measured}
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _uploaded(class_weights: tuple[float, ...], device: torch.device) -> Tensor:
+    """(labels,) fp32, the same tensor in every step: each upload would wait for the device."""
+    return torch.tensor(class_weights, device=device)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
