@@ -119,7 +119,9 @@ def test_files() -> list[str]:
     a GPU, or need packages that may not be there."""
     names = [path.stem for path in sorted((ROOT / "kernels").glob("[a-z]*.py"))]
     found = [f for n in names for f in sorted(ROOT.glob(f"tests/test_{n}*.py"))]
-    found += [ROOT / "tests" / f"test_{n}.py" for n in ("ops", "train", "embedders", "measure")]
+    found += [
+        ROOT / "tests" / f"test_{n}.py" for n in ("ops", "blocks", "train", "embedders", "measure")
+    ]
     return [str(file.relative_to(ROOT)) for file in dict.fromkeys(found)]
 
 

@@ -32,10 +32,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench import attention_cases, operations, optimizers
+from bench import operations
+from bench.cases import all_cases
 from bench.ceilings import Ceilings, measure_ceilings
-from bench.measure import ROOT, Run, Timing, append, fingerprint, measure, one_line
-from bench.operations import BF16, FP32, Absent, Case, Inputs
+from bench.measure import ROOT, Run, Timing, append, fingerprint, measure, one_line, peak_memory
+from bench.operations import Absent, Case, Inputs
 
 RESULTS = ROOT / "bench" / "results" / "kernels.jsonl"
 SPEED = {"blocks": 5, "runs": 20, "block_ms": 50.0}
@@ -53,56 +54,7 @@ class Verdict:
     status: str  # "right", "wrong", "absent", "failed"; once it is timed, "timed"
     reason: str = ""
     error: float | None = None  # over the allowed error, the worst of all results
-
-
-# -------------------------------------------------------------------- cases
-
-
-def all_cases(device: torch.device, quick: bool) -> list[Case]:
-    """Shapes that are trained; on a CPU with a share of the rows; the smallest for --quick."""
-    if quick:
-        return quick_cases(device)
-    cuda = device.type == "cuda"
-    share = 1 if cuda else 32
-    ce, tokens = operations.cross_entropy, 4096 if cuda else 1024
-    return [  # in the order of their weight: --minutes leaves out the last
-        *ce(8192 // share, 30522, 30528, device, {"H200": 0.245}),
-        *ce(8192 // share, 50257, 50304, device, {"H200": 0.404}),
-        *optimizer_cases(device),
-        *ce(8192 // share, 50257, 50257, device),
-        *ce(4096 // share, 128256, 128256, device),
-        *ce(32, 2, 2, device),
-        *ce(32, 150, 150, device),
-        *attention_cases.attention_cases(device),
-        *operations.add_norm(tokens, 768, device),
-        *operations.bias_gelu(tokens, 3072, device),
-        *operations.embed(tokens, 768, (30522, 512, 2), device),
-    ]
-
-
-def optimizer_cases(device: torch.device) -> list[Case]:
-    """The larger models take more memory and time than a CPU has."""
-    models = {"MiniLM": {}, "GPT-2 124M": {"H200": 0.91}, "BERT-large": {"H200": 2.5}}
-    return [
-        optimizers.adamw(model, dtype, device, target if dtype == BF16 else None)
-        for model, target in models.items()
-        for dtype in (BF16, FP32)
-        if device.type == "cuda" or model == "MiniLM"
-    ]
-
-
-def quick_cases(device: torch.device) -> list[Case]:
-    """One or two small shapes an operation: whether it runs and is right."""
-    return [
-        *operations.cross_entropy(32, 150, 150, device),
-        *operations.cross_entropy(16, 1001, 1008, device),
-        optimizers.adamw("a tiny BERT", BF16, device),
-        optimizers.adamw("a tiny BERT", FP32, device),
-        *attention_cases.quick_cases(device),
-        *operations.add_norm(24, 96, device),
-        *operations.bias_gelu(50, 96, device),
-        *operations.embed(50, 96, (300, 64, 2), device),
-    ]
+    extra_mib: float | None = None  # memory at most, beside inputs and results, on a GPU
 
 
 # ----------------------------------------------------------------- accuracy
@@ -144,12 +96,16 @@ def check(case: Case, inputs: Inputs) -> dict[str, Verdict]:
     verdicts = {}
     for name in case.ways:
         try:
-            results = results_of(case, name, inputs)
+            with peak_memory(inputs.leaves[0].device) as peak:
+                results = results_of(case, name, inputs)
             if name in case.unjudged:
                 verdicts[name] = plausible(results, exact, case.unjudged[name])
             else:
                 error = worst_error(results, same_dtype, exact, case.dtype)
                 verdicts[name] = judged(name, error)
+            if case.memory and peak:
+                extra = (peak[0] - sum(y.nbytes for y in results)) / 2**20
+                verdicts[name] = replace(verdicts[name], extra_mib=extra)
             del results  # may be gigabytes
         except Absent as absent:
             verdicts[name] = Verdict("absent", str(absent))
@@ -243,6 +199,7 @@ def rows_of(
             "status": "timed" if ms else verdict.status,
             "reason": verdict.reason,
             "error": verdict.error,
+            "extra_mib": verdict.extra_mib,
             **({k: finite(v) if isinstance(v, float) else v
                 for k, v in asdict(timing).items() if k not in ("reason", "error")}
                if timing else {}),
@@ -302,7 +259,8 @@ def line(row: dict) -> str:
     ratio = f"{row['ratio_to_best_peer']:.2f}" if row["ratio_to_best_peer"] else "-"
     eager = "" if row["graph"] or row["eager_because"] == "on a CPU" else row["eager_because"]
     rate = f"{row['tflops']:.3g} TFLOP/s" if row["tflops"] else ""
-    notes = [rate, row["reason"], eager]
+    memory = f"{row['extra_mib']:,.0f} MiB" if row["extra_mib"] is not None else ""
+    notes = [rate, memory, row["reason"], eager]
     if row["thrown_away"]:
         notes.append(f"{row['thrown_away']} of {row['blocks']} blocks thrown away")
     if not row["trusted"]:

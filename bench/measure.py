@@ -20,8 +20,8 @@ import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -299,6 +299,18 @@ def waits_for_the_device(run: Run) -> str:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return ""
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Bytes that the block allocated at most, beyond what was there; nothing on a CPU."""
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+    yield peak
+    if device.type == "cuda":
+        peak.append(torch.cuda.max_memory_allocated(device) - before)
 
 
 def last_level_cache(default: int = 64 * 2**20) -> int:

@@ -1,7 +1,7 @@
 """What is timed of each operation: shapes, passes, contenders, and the bytes that must move.
 
 An operation is one function below, which returns its cases (attention and AdamW have files of
-their own); `bench.kernels` lists the shapes.
+their own); `bench.cases` lists the shapes.
 Inputs are random and made once a case; contenders share copies of them, and one that writes to its
 inputs makes copies of its own.
 """
@@ -21,8 +21,11 @@ from bench.measure import ROOT, Run
 from minift.kernels.add_norm import add_norm_ref
 from minift.kernels.bias_gelu import bias_gelu_ref
 from minift.kernels.cross_entropy import IGNORE_INDEX, cross_entropy_ref
+from minift.kernels.dropout import dropout_keep
 from minift.kernels.embed import embed_ref
-from minift.ops import TORCH, Norm
+from minift.kernels.embed_order import EmbedOrder
+from minift.kernels.linear_cross_entropy import WORKSPACE_MIB
+from minift.ops import TORCH, Draw, Norm
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -47,6 +50,7 @@ class Inputs:
 
 
 Way = Callable[[Inputs], Run]  # the run's call returns a tuple of results
+Targets = dict[str, dict[str, float]]  # pass -> part of a GPU's name -> milliseconds
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Case:
     target_ms: dict[str, float] = field(default_factory=dict)  # by part of a GPU's name
     copies: int = 2
     calls: int = 1  # of a run, before its results are judged
+    memory: bool = False  # what a contender takes beside inputs and results is reported
     dtype: torch.dtype | None = None  # all results are judged as if in it; default: in their own
     ratios: tuple[Ratio, ...] = ()
     unjudged: dict[str, str] = field(default_factory=dict)  # contender -> why not by its values
@@ -194,14 +199,14 @@ def only_on(device: torch.device, fn: Callable) -> Callable:
 def differentiable(
     op: str, shape: str, make: Callable[[], Inputs], functions: dict[str, Callable],
     bytes: dict[str, int], *, flops: dict[str, int] | None = None,
-    ways: dict[str, Way] | None = None, **facts,
+    target_ms: Targets | None = None, ways: dict[str, Way] | None = None, **facts,
 ) -> list[Case]:  # fmt: skip
     """A case for each pass that `bytes` names, with torch.compile of the definition.
 
     Args:
         op, shape, make: as in Case.
         functions: by contender, of the leaves; "definition" first.
-        bytes, flops: by pass.
+        bytes, flops, target_ms: by pass.
         ways: contenders that do not go through autograd.
         facts: the other fields of Case.
     """
@@ -210,7 +215,8 @@ def differentiable(
     for kind, moved in bytes.items():
         every = {name: PASSES[kind](fn) for name, fn in functions.items()} | (ways or {})
         every["ours"] = every.pop("ours")  # last in every table
-        cases.append(Case(op, shape, kind, make, every, moved, (flops or {}).get(kind, 0), **facts))
+        numbers = moved, (flops or {}).get(kind, 0), (target_ms or {}).get(kind, {})
+        cases.append(Case(op, shape, kind, make, every, *numbers, **facts))
     return cases
 
 
@@ -218,7 +224,7 @@ def differentiable(
 
 
 def cross_entropy(
-    N: int, V: int, stride: int, device: torch.device, target_ms: dict[str, float] | None = None
+    N: int, V: int, stride: int, device: torch.device, target_ms: Targets | None = None
 ) -> list[Case]:
     """Forward and backward row by row; and the mean loss with its gradient, in place if need be."""
     g = generator(device)
@@ -259,7 +265,7 @@ def cross_entropy(
         *differentiable(op, shape, by_row, functions, {"forward": logits}, ways=forward_only),
         *differentiable(op, shape, by_row, functions, {"backward": 2 * logits}),
         *differentiable(op, shape, whole, means, {"forward+gradient": 2 * logits},
-                        ways=in_place, target_ms=target_ms or {}),
+                        ways=in_place, target_ms=target_ms),
     ]  # fmt: skip
 
 
@@ -287,47 +293,138 @@ def liger_in_place(target: Tensor) -> Way:
     return way
 
 
-def add_norm(T: int, C: int, device: torch.device) -> list[Case]:
+def linear_cross_entropy(
+    N: int, C: int, V: int, device: torch.device, target_ms: Targets | None = None,
+    workspace_mib: float = WORKSPACE_MIB,
+) -> list[Case]:  # fmt: skip
+    """The mean loss of a projection to V classes, with the gradients of rows and weights."""
+    g = generator(device)
+    target = torch.randint(V, (N,), generator=g, device=device)
+    scale = torch.full((), 1 / N, device=device)
+
+    def make() -> Inputs:
+        leaves = normal(g, (N, C)), normal(g, (V, C), scale=2 / C**0.5)
+        return Inputs(leaves, (torch.ones((), device=device),))
+
+    def native(x, w):
+        if not hasattr(F, "linear_cross_entropy"):
+            raise Absent(f"torch {torch.__version__} has none")
+        options = torch.nn.LinearCrossEntropyOptions()  # without them it is the same as "torch"
+        return F.linear_cross_entropy(x, w, target, options=options)
+
+    functions = {
+        # of every row: of a list, torch.compile would have to know how many count
+        "definition": lambda x, w: cross_entropy_ref(x @ w.T, target).mean(),
+        "torch": lambda x, w: F.cross_entropy(F.linear(x, w), target),
+        "torch chunked": native,
+        "liger": only_on(device, lambda x, w: liger_linear(x, w, target)),
+        "ours": lambda x, w: kernel("linear_cross_entropy")(
+            x, w, target, row_scale=scale, workspace_mib=workspace_mib
+        ),
+    }
+    limit = "" if workspace_mib == WORKSPACE_MIB else f", {workspace_mib:g} MiB"
+    op, shape, kind = "linear_cross_entropy", f"{N} x {C} x {V} bf16{limit}", "forward+gradient"
+    return differentiable(
+        op, shape, make, functions, {kind: 2 * 2 * (N + V) * C}, flops={kind: 6 * N * C * V},
+        target_ms=target_ms, memory=True,
+    )  # fmt: skip
+
+
+def liger_linear(x: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """Liger's mean loss of a projection."""
+    try:
+        from liger_kernel.ops.fused_linear_cross_entropy import (
+            LigerFusedLinearCrossEntropyFunction,
+        )
+    except ImportError as error:
+        raise Absent(f"liger_kernel is not installed: {error}") from None
+    return LigerFusedLinearCrossEntropyFunction.apply(x, weight, target)[0]
+
+
+def add_norm(
+    T: int, C: int, device: torch.device, p: float = 0.0, target_ms: Targets | None = None
+) -> list[Case]:
+    """As a pre-norm model has it: a sum and its norm, each with a gradient of its own. Dropout of
+    `p` has the same bits for all."""
+    step = torch.zeros((), dtype=torch.int64, device=device)
+    key = torch.arange(T, device=device)
+    dropout = TORCH.draw_dropout(Draw(step, step), key, C, 1, 4).at(0, p)
+    keep = dropout and dropout_keep(dropout, C)[:, 0]
+
     def make() -> Inputs:
         g = generator(device)
         weight, norm_bias, bias = (normal(g, (C,)).float() for _ in range(3))
         leaves = normal(g, (T, C)), normal(g, (T, C)), weight + 1, norm_bias, bias
         return Inputs(leaves, (normal(g, (T, C)), normal(g, (T, C))))
 
-    def of(fn: Callable) -> Callable:
-        return lambda x, r, w, nb, b: fn(x, r, Norm(w, nb, 1e-12), b)
+    def of(fn: Callable, *drops) -> Callable:
+        return lambda x, r, w, nb, b: fn(x, r, Norm(w, nb, 1e-12), b, *drops)
 
     def definition(x, r, *columns):
-        return of(add_norm_ref)(x, r, *(c.to(x.dtype) for c in columns))
+        return of(add_norm_ref, keep, p)(x, r, *(c.to(x.dtype) for c in columns))
 
     functions = {
         "definition": definition,
-        "torch": of(TORCH.add_norm),
-        "ours": of(kernel("add_norm")),
+        "torch": of(TORCH.add_norm, dropout),
+        "ours": of(kernel("add_norm"), dropout),
     }
-    row = 2 * T * C
-    moved = {"forward": 4 * row, "backward": 5 * row}
-    shape = f"{T} x {C} bf16, parameters fp32"
-    return differentiable("add_norm", shape, make, functions, moved, dtype=BF16)
+    row = 2 * T * C  # nothing dropped: x and the residual have one gradient
+    moved = {"forward": 4 * row, "backward": (5 if p else 4) * row}
+    shape = f"{T} x {C} bf16, parameters fp32" + (f", dropout {p}" if p else "")
+    return differentiable(
+        "add_norm", shape, make, functions, moved, dtype=BF16, target_ms=target_ms
+    )
 
 
-def bias_gelu(T: int, width: int, device: torch.device) -> list[Case]:
+def bias_gelu(
+    T: int, width: int, device: torch.device, target_ms: Targets | None = None
+) -> list[Case]:
+    """With the bias in fp32, as models hold it. Liger has no such operation:
+    its GELU is a gate, of the other kind and without a bias."""
+
     def make() -> Inputs:
         g = generator(device)
-        return Inputs((normal(g, (T, width)), normal(g, (width,))), (normal(g, (T, width)),))
+        return Inputs(
+            (normal(g, (T, width)), normal(g, (width,)).float()), (normal(g, (T, width)),)
+        )
 
     functions = {
-        "definition": lambda x, b: bias_gelu_ref(x, b, "gelu_erf"),
+        "definition": lambda x, b: bias_gelu_ref(x, b.to(x.dtype), "gelu_erf"),
         "torch": lambda x, b: TORCH.bias_gelu(x, b, "gelu_erf"),
         "ours": lambda x, b: kernel("bias_gelu")(x, b, "gelu_erf"),
     }
-    moved = {"forward": 2 * 2 * T * width, "backward": 3 * 2 * T * width}
-    return differentiable("bias_gelu", f"{T} x {width} bf16", make, functions, moved)
+    shape, x = f"{T} x {width} bf16, bias fp32", 2 * T * width
+    moved = {"forward": 2 * x, "backward": 3 * x}
+    return differentiable(
+        "bias_gelu", shape, make, functions, moved, dtype=BF16, target_ms=target_ms
+    )
 
 
-def embed(T: int, C: int, rows: tuple[int, ...], device: torch.device) -> list[Case]:
-    g = generator(device)
-    ids = tuple(torch.randint(n, (T,), generator=g, device=device) for n in rows)
+def ids_like_text(T: int, rows: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(T,) words, positions and types of sequences of 4 to 256 tokens: word i as often as 1 / i,
+    but the first of a sequence is always the same one, and so is the last; of a quarter of them
+    the second half is a second text."""
+    g, words, positions, types = torch.Generator().manual_seed(0), *(torch.zeros(3, T).long())
+    often = 1 / torch.arange(1, rows[0] - 1)
+    begin = 0
+    while begin < T:
+        n = min(int(torch.randint(4, min(257, rows[1] + 1), (), generator=g)), T - begin)
+        part = slice(begin, begin + n)
+        words[part] = 2 + torch.multinomial(often, n, replacement=True, generator=g)
+        words[begin], words[begin + n - 1] = 0, 1
+        positions[part] = torch.arange(n)
+        types[begin + n // 2 : begin + n] = int(torch.rand((), generator=g) < 0.25)
+        begin += n
+    return words, positions, types
+
+
+def embed(T: int, C: int, rows: tuple[int, int, int], device: torch.device) -> list[Case]:
+    """By ids as text has them. At the least a row that occurs is read once; the gradient of a table
+    is written whole."""
+    ids = ids_like_text(T, rows)
+    order = EmbedOrder.sort(ids).to(device)
+    touched = sum(len(i.unique()) for i in ids)
+    ids = tuple(i.to(device) for i in ids)
 
     def make() -> Inputs:
         g = generator(device)
@@ -335,19 +432,19 @@ def embed(T: int, C: int, rows: tuple[int, ...], device: torch.device) -> list[C
         weight = normal(g, (C,), FP32, 0.1) + 1
         return Inputs((*tables, weight, normal(g, (C,), FP32)), (normal(g, (T, C)),))
 
-    def of(fn: Callable) -> Callable:
+    def of(fn: Callable, **options) -> Callable:
         def call(*leaves):
             *tables, weight, bias = leaves
             dtype = BF16 if weight.dtype == FP32 else weight.dtype
-            return fn(ids, tuple(tables), Norm(weight, bias, 1e-12), dtype)
+            return fn(ids, tuple(tables), Norm(weight, bias, 1e-12), dtype, **options)
 
         return call
 
     functions = {
         "definition": of(embed_ref),
         "torch": of(TORCH.embed),
-        "ours": of(kernel("embed")),
+        "ours": of(kernel("embed"), order=order),
     }
-    read = 4 * T * C * len(rows)
-    moved = {"forward": read + 2 * T * C, "backward": read + 2 * T * C + 4 * sum(rows) * C}
+    once = 4 * touched * C + 2 * T * C
+    moved = {"forward": once, "backward": once + 4 * sum(rows) * C}
     return differentiable("embed", f"{T} x {C}, tables {rows} fp32", make, functions, moved)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minift.kernels.cross_entropy
-from bench import kernels, operations, optimizers
+from bench import cases, kernels, operations, optimizers
 from bench.ceilings import Ceilings
 from bench.kernels import Verdict, check, rows_of, summarise, table, worst_error
 from bench.measure import Run, Timing
@@ -18,7 +18,7 @@ from bench.operations import BF16, FP32, Absent, Case, Inputs, forward
 from minift.kernels.cross_entropy import cross_entropy_ref
 
 CPU = torch.device("cpu")
-QUICK = kernels.quick_cases(CPU)
+QUICK = cases.quick_cases(CPU)
 H200 = Ceilings(4.3e12, 790e12, 4.8e12, 989e12)
 
 
@@ -57,7 +57,8 @@ def scaled(way, factor):
     ("op", "kind"),
     [("cross_entropy", "forward"), ("cross_entropy", "backward"), ("adamw", "step"),
      ("cross_entropy", "forward+gradient"), ("attention", "backward"), ("add_norm", "forward"),
-     ("bias_gelu", "backward"), ("embed", "backward")],
+     ("bias_gelu", "backward"), ("embed", "backward"),
+     ("linear_cross_entropy", "forward+gradient")],
 )  # fmt: skip
 def test_a_wrong_contender_is_found(op, kind, factor):
     case = case_of(op, kind)
@@ -84,6 +85,20 @@ def test_a_wrong_optimizer_is_found(dtype, mistake, monkeypatch):
     if mistake == "no clipping":
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **kwargs: None)
     assert altered(case, wrong).status == "wrong"
+
+
+def test_ids_of_embed_are_like_text():
+    """Positions start again where a sequence does, with one word; types are mostly 0; all tables
+    have their rows."""
+    words, positions, types = ids = operations.ids_like_text(4096, (300, 64, 2))
+    assert all(i.min() >= 0 and i.max() < n for i, n in zip(ids, (300, 64, 2), strict=True))
+    starts = (positions == 0).nonzero()[:, 0]
+    assert 4096 / 64 <= len(starts) <= 4096 / 4
+    assert (words[starts] == 0).all()
+    assert (words[starts[1:] - 1] == 1).all()
+    assert (positions[1:] - positions[:-1]).clamp(0).max() == 1
+    assert 0 < types.float().mean() < 0.25
+    assert words.bincount()[2] > 5 * words.bincount()[30]
 
 
 def test_one_that_raises_and_one_that_is_absent_are_told_apart():
@@ -182,6 +197,26 @@ def test_bytes_of_the_floor():
     step = optimizers.adamw("GPT-2 124M", BF16, CPU)
     assert step.bytes == 30 * 124_439_808
     assert optimizers.adamw("GPT-2 124M", FP32, CPU).bytes == 32 * 124_439_808
+
+
+def test_flops_and_bytes_of_a_projection():
+    """Three products; x, dx, W and dW once. The targets are those of an H200."""
+    found = cases.projection_cases(CPU)
+    assert [c.flops for c in found] == [6 * 512 * 768 * 50257, 6 * 2048 * 384 * 8192]
+    assert found[0].bytes == 4 * 768 * (512 + 50257)
+
+
+def test_targets_are_of_a_pass():
+    found = operations.bias_gelu(4, 8, CPU, {"backward": {"H200": 0.5}})
+    assert [(c.kind, c.target_ms) for c in found] == [("forward", {}), ("backward", {"H200": 0.5})]
+
+
+@pytest.mark.parametrize("extra", [None, 466.4])
+def test_memory_is_noted_where_it_was_measured(extra):
+    found = {"ours": (Verdict("right", error=0.5, extra_mib=extra), timing(0.2))}
+    rows = list(rows_of(CASE, found, H200, ""))
+    assert rows[0]["extra_mib"] == extra
+    assert ("466 MiB" in table(rows)) == (extra is not None)
 
 
 def test_floor_is_the_slower_of_bytes_and_flops():
@@ -305,5 +340,5 @@ def test_what_is_not_there_cannot_be_chosen(flags, message):
 
 
 def test_torch_compile_is_a_contender_of_every_operation():
-    compiling = {c.op for c in kernels.quick_cases(CPU) if "torch.compile" in c.ways}
+    compiling = {c.op for c in cases.quick_cases(CPU) if "torch.compile" in c.ways}
     assert compiling == {c.op for c in QUICK}
