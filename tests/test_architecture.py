@@ -34,9 +34,9 @@ MAY_IMPORT = {
                           "tokenizer"},
     "minift/scratch.py": {"config", "files", "layers", "bert", "tokenizer", "weights"},
     "minift/methods.py": {"config"},
-    "minift/optim.py": {"config", "methods", "ops"},
+    "minift/optim.py": {"config", "layers", "methods", "ops"},
     "minift/tasks/classification.py": {"batch", "data", "metrics", "ops", "tokenizer"},
-    "minift/train.py": {"batch", "config", "methods", "ops", "optim", "tasks"},
+    "minift/train.py": {"batch", "config", "layers", "methods", "ops", "optim", "tasks"},
     "minift/checkpoint.py": {"files", "optim", "tokenizer", "train", "weights"},
     "minift/prepare.py": {"batch", "config", "data", "hub", "methods", "ops", "readers", "scratch",
                           "splits", "tasks", "tokenizer", "train", "weights"},
@@ -112,8 +112,10 @@ def lines_of_code(path: str) -> int:
 def test_size():
     """It is read in an afternoon: files, functions and parameter lists stay short."""
     lines = {f: len((ROOT / f).read_text().splitlines()) for f in FILES}
-    core = [f for f in FILES if f.startswith("kernels/") or f[7:-3] in CORE]
-    assert sum(map(lines_of_code, core)) < 3000
+    kernels = [f for f in FILES if f.startswith("kernels/")]
+    core = [f for f in FILES if f[7:-3] in CORE]
+    assert sum(map(lines_of_code, core)) < 750
+    assert sum(map(lines_of_code, kernels)) < 3500  # ten operations, each read by itself
     for path in FILES:
         assert lines[path] <= 450, f"{path}: {lines[path]} lines"
         for node in ast.walk(ast.parse((ROOT / path).read_text())):
@@ -138,6 +140,9 @@ def test_every_source_file_has_its_tests():
         "__main__": "cli",
         "attention_backward": "attention_launches",
         "attention_tiles": "attention_launches",
+        "add_norm_backward": "add_norm_kernel",
+        "row_tiles": "add_norm_kernel",
+        "embed_backward": "embed_kernel",
     }
     for path in FILES:
         name = Path(path).stem
@@ -177,10 +182,10 @@ def test_importing_minift_changes_nothing():
 
 
 def test_importing_minift_is_quick():
-    """At most 0.3 s beyond torch and triton: the best of three, since the machine may be busy."""
+    """At most 0.4 s beyond torch and triton: the best of three, since the machine may be busy."""
     code = "import time, torch, triton; t = time.perf_counter(); import minift; "
     times = [float(run_python(code + "print(time.perf_counter() - t)")) for _ in range(3)]
-    assert min(times) < 0.3, times
+    assert min(times) < 0.4, times
 
 
 def test_no_top_level_kernels_is_installed():
