@@ -85,7 +85,6 @@ def _rows_kernel(
     c = tl.arange(0, BLOCK_C)[None, :]
     ids = (ids0_ptr, ids1_ptr, ids2_ptr, ids3_ptr)
     tables = (table0_ptr, table1_ptr, table2_ptr, table3_ptr)
-    weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
     dweight = tl.zeros((BLOCK_C,), tl.float32)
     dbias = tl.zeros((BLOCK_C,), tl.float32)
     place = place_of(places_ptr, 0)
@@ -102,7 +101,8 @@ def _rows_kernel(
         rstd = tl.load(stats_ptr + T + safe)[:, None]
         h = tl.where(c < C, (s - tl.load(stats_ptr + safe)[:, None]) * rstd, 0.0)
         if ds_ptr is not None:
-            g = d * weight
+            weight = tl.load(weight_ptr + c, mask=c < C, other=0.0)  # from L1: registers are few
+            g = d * weight.to(tl.float32)
             ds = rstd * (g - tl.sum(g, 1)[:, None] / C - h * (tl.sum(g * h, 1)[:, None] / C))
             tl.store(ds_ptr + (row * C + c), ds, mask=inside)
         if partials_ptr is not None:

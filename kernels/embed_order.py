@@ -28,13 +28,10 @@ It is made on the host, when a batch is put together: no kernel sorts.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .table_gradients import TableGradients
 
 PIECE = 64  # rows
 
@@ -46,7 +43,7 @@ class EmbedOrder:
     words: Tensor           # (N, W) int32: their lines
     rows: int               # T
     lines: tuple[int, ...]  # which of them, one for each table
-    gradients: "TableGradients | None" = None  # memory that the gradients go to; None: new memory
+    gradients: Any = None  # TableGradients, memory that the gradients go to; None: new memory
 
     @staticmethod
     def sort(ids: Sequence[Tensor]) -> "EmbedOrder":
