@@ -4,6 +4,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import Operations
 from torch import nn
 
 from minift.layers import (
@@ -132,3 +133,17 @@ def test_a_model_that_raises_has_its_own_weights_again():
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is p for name, p in before.items())
+
+
+def test_leaves_are_cast_when_a_master_was_written_to_and_not_again():
+    model, ids = Tied(), torch.tensor([1, 5, 5])
+    shadows = Shadows(model, BF16)
+    with torch.no_grad():
+        model.first.bias.add_(1)
+    casts = []
+    for _ in range(2):
+        with Operations() as seen:
+            shadows(ids)
+        casts.append(seen.names.count("_foreach_copy_"))
+    assert casts == [1, 0]
+    assert torch.equal(shadows.leaves["first.bias"], model.first.bias.to(BF16))
