@@ -181,11 +181,13 @@ def test_importing_minift_changes_nothing():
     )
 
 
-def test_importing_minift_is_quick():
-    """At most 0.4 s beyond torch and triton: the best of three, since the machine may be busy."""
-    code = "import time, torch, triton; t = time.perf_counter(); import minift; "
-    times = [float(run_python(code + "print(time.perf_counter() - t)")) for _ in range(3)]
-    assert min(times) < 0.4, times
+def test_importing_minift_is_quick(monkeypatch):
+    """At most 0.3 s of processor time beyond torch and triton, once its files are byte code; the
+    best of three, since the machine may be busy."""
+    monkeypatch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
+    code = "import time, torch, triton; t = time.process_time(); import minift; "
+    times = [float(run_python(code + "print(time.process_time() - t)")) for _ in range(3)]
+    assert min(times) < 0.3, times
 
 
 def test_no_top_level_kernels_is_installed():

@@ -321,7 +321,7 @@ def test_backward_stops_below_the_lowest_trained_group(freeze, trained):
     model, needed = make_model(), []
     TrainState.new(model, TrainConfig(freeze=freeze))
     for layer in model.bert.layers:
-        layer.register_forward_hook(lambda *args: needed.append(args[-1].requires_grad))
+        layer.register_forward_hook(lambda *args: needed.append(args[-1][0].requires_grad))
     batch, task = collate(EXAMPLES, range(8)), Classification(("a", "b"))
     task.loss(model(batch), batch, TORCH).backward()
     for name, parameter in model.named_parameters():
