@@ -4,9 +4,9 @@ Math        N listed rows of x, each with a target t_n and a scale s_n; W has V 
                 z_n  = W x_n + c                 loss = sum_n s_n * (log sum_v exp(z_nv) - z_nt)
                 g_nv = s_n * (softmax(z_n)_v - [v == t_n])
                 dx_n = sum_v g_nv W_v            dW_v = sum_n g_nv x_n          dc_v = sum_n g_nv
-            The loss is a sum with weights, so what comes from above is one number, nearly always
-            1. Gradients are therefore made in the forward pass, while logits are at hand: three
-            products of 2*N*C*V flops each, where making logits again would take a fourth.
+            The loss is a sum with weights, so what comes from above is one number: 1, where a mean
+            is put into s. Gradients are therefore made in the forward pass, while logits are at
+            hand: three products of 2*N*C*V flops each; making logits again would be a fourth.
 
 Chunks      Rows are taken in chunks, of which one fits in the workspace:
 
