@@ -144,6 +144,9 @@ def test_only_touched_rows_are_cleared():
     ids[0][:4] = torch.tensor([7, 49, -1, 50])
     order = EmbedOrder.sort(ids).to(DEVICE)
     ids = [i.to(DEVICE) for i in ids]
+    kept.take(tables, (True, False, True), ids, order)[0].add_(1)
+    kept.settle()
+    kept.clear()  # everything, and that is forgotten
     parts = kept.take(tables, (True, False, True), ids, order)
     for part in (parts[0], parts[2]):
         poison(part.data)
