@@ -27,18 +27,19 @@ Spans       The attention kernels take their work from a list. A span is a piece
 Groups      Without a kernel that understands cu_seqlens, attention is a batched matrix product, and
             a batch wants equal lengths. Neighbours of like length share one product, padded to the
             longest of them: sort sequences by length and the padding is small. A group of equal
-            lengths is a view and needs no gather.
+            lengths is a view and needs no gather. Groups are made when somebody asks for them.
 
-All of it is computed on the host when a batch is put together: no operation sorts, searches for
-nonzeros or waits for the device.
+All of it is computed on the host, but for groups when a batch is put together: no operation sorts,
+searches for nonzeros or waits for the device.
 """
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -72,7 +73,7 @@ class Layout:
     key_rows: int                 # of keys and values
     first: Tensor                 # (B,) int64: first row of each sequence; some row if it has none
     last: Tensor                  # (B,) int64: last row of each sequence; likewise
-    groups: tuple[Group, ...]
+    longest: int                  # no sequence of the batch is longer, nor of its bucket
     short: Tensor                 # (spans, 5) int32: sequences of one span
     long: Tensor                  # (spans, 5) int32: queries of the others
     long_keys: Tensor             # (spans, 5) int32: their keys
@@ -90,7 +91,7 @@ class Layout:
             key_lengths, key_rows: the same of keys and values, where they are others.
             bucket: (sequences, longest): the shapes of all tensors, but of `groups`, are then
                 those of every batch of as many rows and at most so many sequences, none longer
-                than that.
+                than that. Empty sequences are added at the end.
 
         Raises:
             ValueError: a length is negative, or does not fit `rows` or the bucket.
@@ -98,25 +99,22 @@ class Layout:
         same = key_lengths is None
         if same and key_rows is not None:
             raise ValueError("expected key_lengths with key_rows: keys are the queries otherwise")
-        lengths = [operator.index(n) for n in lengths]
-        key_lengths = None if same else [operator.index(n) for n in key_lengths]
-        if bucket is not None:
-            lengths = _filled(lengths, *bucket)
-            key_lengths = None if same else _filled(key_lengths, *bucket)
+        lengths = _filled(lengths, bucket)
+        key_lengths = lengths if same else _filled(key_lengths, bucket)
         ends = _ends(lengths, rows)
         key_ends = ends if same else _ends(key_lengths, key_rows)
         if len(ends) != len(key_ends):
             counts = f"{len(key_lengths)} for {len(lengths)} sequences"
             raise ValueError(f"expected a key length for each sequence, got {counts}")
         return Layout(
-            lengths=tuple(lengths),
-            key_lengths=tuple(lengths if same else key_lengths),
-            cu_seqlens=torch.tensor(ends[:-1], dtype=torch.int32),
-            rows=ends[-1],
-            key_rows=key_ends[-1],
-            first=torch.tensor([min(end, max(ends[-1] - 1, 0)) for end in ends[:-2]]).long(),
-            last=torch.tensor([max(end - 1, 0) for end in ends[1:-1]]).long(),
-            groups=tuple(_groups([length for length in lengths if length])),
+            lengths=lengths,
+            key_lengths=key_lengths,
+            cu_seqlens=torch.from_numpy(ends[:-1].astype(np.int32)),
+            rows=int(ends[-1]),
+            key_rows=int(key_ends[-1]),
+            first=torch.from_numpy(np.minimum(ends[:-2], max(ends[-1] - 1, 0))),
+            last=torch.from_numpy(np.maximum(ends[1:-1] - 1, 0)),
+            longest=bucket[1] if bucket else max(lengths, default=0),
             **_spans(ends, key_ends, same, bucket),
         )
 
@@ -125,9 +123,15 @@ class Layout:
         """Rows of the longest sequence."""
         return max(self.lengths, default=0)
 
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """Sequences side by side, for attention as a batched product; on the device of the rest."""
+        groups = _groups([length for length in self.lengths if length])
+        return tuple(_moved(group, self.cu_seqlens.device) for group in groups)
+
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on `device`; copies of pinned memory do not wait."""
-        return replace(_moved(self, device), groups=tuple(_moved(g, device) for g in self.groups))
+        return _moved(self, device)
 
 
 def _moved(record, device):
@@ -137,56 +141,65 @@ def _moved(record, device):
 
 
 def _ends(lengths, rows):
-    """Where each sequence ends, from 0 on, and T."""
+    """(B + 2,) int64: where each sequence ends, from 0 on, and T."""
     ends = [0, *accumulate(lengths)]
     rows = ends[-1] if rows is None else rows
     if min(lengths, default=0) < 0 or rows < ends[-1]:
         raise ValueError(f"expected lengths >= 0 that fit {rows} rows, got {list(lengths)}")
-    return [*ends, rows]
+    return np.array([*ends, rows])
 
 
-def _filled(lengths, sequences, longest):
-    """With empty sequences at the end."""
+def _filled(lengths, bucket):
+    """As ints, and in a bucket with empty sequences at the end."""
+    lengths = tuple(map(operator.index, lengths))
+    sequences, longest = bucket or (len(lengths), max(lengths, default=0))
     if len(lengths) > sequences or max(lengths, default=0) > longest:
         limit = f"at most {sequences} sequences, none longer than {longest}"
         raise ValueError(f"expected {limit}, got {list(lengths)}: choose a larger bucket")
-    return [*lengths, *[0] * (sequences - len(lengths))]
-
-
-class _Piece(NamedTuple):
-    """A sequence: its rows of queries, and of keys."""
-
-    begin: int
-    end: int
-    key_begin: int
-    key_end: int
-
-    @property
-    def length(self) -> int:
-        return max(self.end - self.begin, self.key_end - self.key_begin)
+    return lengths + (0,) * (sequences - len(lengths))
 
 
 def _spans(ends, key_ends, same, bucket):
     """The three lists of spans, as tensors."""
-    pieces = map(_Piece, ends[:-2], ends[1:-1], key_ends[:-2], key_ends[1:-1])
-    pieces = sorted(pieces, key=lambda piece: -piece.length)
-    short = [piece for piece in pieces if piece.length <= SHORT]
-    long = pieces[: len(pieces) - len(short)]
-    any_long = bool(long) if bucket is None else bucket[1] > SHORT
-    queries, keys = ends[-2:], key_ends[-2:]  # where the slack rows begin and end
-    slack = _Piece(*queries, keys[0], keys[0]), _Piece(queries[0], queries[0], *keys)
-    (long if any_long else short).extend(slack)  # where a kernel is launched anyway
-    lists = {
-        "short": [(0, *p) for p in short if p.length],
-        # Under a causal mask the last queries see most keys, the first keys are seen by most.
-        "long": [(i, *p) for p in long for i in reversed(range(0, p.end - p.begin, SPAN))],
-        "long_keys": [(i, *p) for p in long for i in range(0, p.key_end - p.key_begin, SPAN)],
+    pieces = np.array((ends[:-2], ends[1:-1], key_ends[:-2], key_ends[1:-1])).T
+    length = np.maximum(pieces[:, 1] - pieces[:, 0], pieces[:, 3] - pieces[:, 2])
+    pieces = pieces[(-length).argsort(kind="stable")]
+    n_long = np.count_nonzero(length > SHORT)
+    long, short = pieces[:n_long], pieces[n_long : np.count_nonzero(length)]
+    begin, end, key_begin, key_end = *ends[-2:].tolist(), *key_ends[-2:].tolist()  # of slack rows
+    slack = (begin, end, key_begin, key_begin), (begin, begin, key_begin, key_end)
+    room = {} if bucket is None else _room(end, key_end, same, *bucket)
+    any_long = n_long > 0 if bucket is None else bucket[1] > SHORT
+    if any_long:  # where a kernel is launched anyway
+        long = np.concatenate((long, slack))
+    else:
+        slack = [p for p in slack if p[0] < p[1] or p[2] < p[3]]
+        short = np.concatenate((short, slack)) if slack else short
+    # Under a causal mask the last queries see most keys, the first keys are seen by most.
+    return {
+        "short": _listed(short, 0, room.get("short", 0)),
+        "long": _listed(*_cut(long, long[:, 1] - long[:, 0], True), room.get("long", 0)),
+        "long_keys": _listed(*_cut(long, long[:, 3] - long[:, 2], False), room.get("long_keys", 0)),
     }
-    room = {} if bucket is None else _room(ends[-1], key_ends[-1], same, *bucket)
-    for name, spans in lists.items():
-        padded = spans + [(0,) * 5] * (room.get(name, 0) - len(spans))
-        lists[name] = torch.tensor(padded, dtype=torch.int32).view(-1, 5)
-    return lists
+
+
+def _cut(pieces, rows, last_first):
+    """(n, 4) pieces of `rows` cut every SPAN: each part's piece, and its first row in it."""
+    if not len(pieces):
+        return pieces, 0
+    parts = (rows + SPAN - 1) // SPAN
+    of = np.arange(len(parts)).repeat(parts)
+    at = np.arange(len(of)) - (parts.cumsum() - parts)[of]
+    return pieces[of], SPAN * (parts[of] - 1 - at if last_first else at)
+
+
+def _listed(pieces, first, room):
+    """(spans, 5) int32, with spans of no rows up to `room`."""
+    n = len(pieces)
+    spans = np.zeros((max(n, room), 5), np.int32)
+    if n:
+        spans[:n, 0], spans[:n, 1:] = first, pieces
+    return torch.from_numpy(spans)
 
 
 def _room(rows, key_rows, same, sequences, longest):

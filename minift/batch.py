@@ -5,6 +5,10 @@
     layout     cu_seqlens (0, 3, 8), first (0, 3), ...     every index an operation needs
     targets         1       |          0                   (B,)
 
+All tensors of a batch lie in one piece of memory, so that one copy moves it, and training batches
+of one `shape` lie there alike. A training batch has as many sequences as any other: to a short one
+empty sequences are added, without a target.
+
 Which examples form a step is a function of (seed, epoch, step), so a run that resumes needs no
 random state. An example's number in its step travels in `key`, for dropout.
 """
@@ -12,12 +16,13 @@ random state. An example's number in its step travels in `key`, for dropout.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .ops import EmbedOrder, Layout
+from .ops import IGNORE_INDEX, EmbedOrder, Layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +43,91 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in every sequence
     types: Tensor  # (T,) int64
     key: Tensor  # (T,) int64: number of the example in its step << 32 | position
+    targets: Tensor  # (B,) int64; of an empty sequence IGNORE_INDEX
     layout: Layout
-    targets: Tensor  # (B,) int64
-    rows: tuple[int, ...]  # (B,) which examples of the data these are
+    rows: tuple[int, ...]  # which examples of the data these are; empty sequences are none
     order: EmbedOrder | None = None  # by tokens, positions, types, and one type for all; to train
+    memory: Tensor | None = None  # (bytes,) uint8, where all tensors lie; None: each by itself
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Batches of one shape have tensors of the same sizes at the same places in `memory`."""
+        layout = self.layout
+        spans = map(len, (layout.short, layout.long, layout.long_keys))
+        return layout.rows, len(self.targets), layout.longest, *spans, int(self.order is not None)
+
+    def within(self, memory: Tensor) -> "Batch":
+        """The same batch with its tensors in `memory`, which holds its bytes or soon will.
+
+        Args:
+            memory: as that of a batch of the same shape, on any device.
+
+        Raises:
+            ValueError: the size is another.
+        """
+        tensors = self._tensors()
+        size = sum(map(_room, tensors))
+        flat = {dtype: memory.view(dtype) for dtype in (torch.int64, torch.int32)}
+        if memory.dtype != torch.uint8 or memory.shape != (size,):
+            found = f"{tuple(memory.shape)} {memory.dtype}"
+            raise ValueError(f"expected memory ({size},) torch.uint8, got {found}")
+        places = accumulate(map(_room, tensors), initial=memory.storage_offset())
+        views = (
+            flat[x.dtype].as_strided(x.shape, x.stride(), at // x.itemsize)
+            for at, x in zip(places, tensors, strict=False)
+        )
+        own, of_layout = (dict(zip(names, views, strict=False)) for names in (OWN, OF_LAYOUT))
+        order = self.order and replace(self.order, words=next(views))
+        layout = replace(self.layout, **of_layout)
+        return replace(self, layout=layout, order=order, memory=memory, **own)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`; copies do not wait."""
-        names = ("tokens", "positions", "types", "key", "layout", "targets")
-        moved = {n: getattr(self, n).to(device, non_blocking=True) for n in names if n != "layout"}
-        order = self.order and self.order.to(device)
-        return replace(self, layout=self.layout.to(device), order=order, **moved)
+        """The same batch on `device`, by one copy; one of pinned memory does not wait."""
+        memory = self.memory.to(device, non_blocking=True)
+        return self if memory is self.memory else self.within(memory)
+
+    def pinned(self) -> "Batch":
+        """The same batch in pinned memory of the host; only where there is a GPU."""
+        return self.within(self.memory.pin_memory())
+
+    def _together(self):
+        """The same batch with its tensors in new memory, one after the other."""
+        arrays = [x.numpy() for x in self._tensors()]
+        memory = bytearray().join([part for x in arrays for part in (x, bytes(-x.nbytes % 16))])
+        return self.within(torch.frombuffer(memory, dtype=torch.uint8))
+
+    def _tensors(self):
+        """In the order of their places in memory."""
+        own = [getattr(self, name) for name in OWN]
+        layout = [getattr(self.layout, name) for name in OF_LAYOUT]
+        return [*own, *layout, *([self.order.words] if self.order else [])]
+
+
+OWN = "tokens", "positions", "types", "key", "targets"
+OF_LAYOUT = "first", "last", "cu_seqlens", "short", "long", "long_keys"
+
+
+def _room(x: Tensor) -> int:
+    """Bytes of a tensor, in whole units of 16: kernels know of pointers that they are aligned."""
+    return -(-x.nbytes // 16) * 16
 
 
 def bucket(tokens: int) -> int:
-    """Rows for so many tokens: few different numbers, since a matmul of a new shape costs oneDNN
-    4 to 15 ms on a CPU (measured), and a GPU a captured graph."""
-    step = 64 if tokens > 256 else 16
+    """Rows for so many tokens, at most 1 in 16 more, in steps of a 16th of the power of two below.
+
+    Few different numbers: a matmul of a new shape costs oneDNN 4 to 15 ms on a CPU (measured), and
+    a GPU a captured graph. All are multiples of 16, as tensor cores like them.
+    """
+    step = max(16, 1 << max(tokens, 1).bit_length() >> 5)
     return -(-tokens // step) * step
 
 
 def collate(
-    examples: Sequence[Example], rows: Sequence[int], first: int = 0, train: bool = False
+    examples: Sequence[Example],
+    rows: Sequence[int],
+    first: int = 0,
+    train: bool = False,
+    sequences: int = 0,
 ) -> Batch:
     """Packs `examples[row] for row in rows`.
 
@@ -67,32 +135,48 @@ def collate(
         examples: the data.
         rows: which of them, in the step's order.
         first: number in the step of the first row: how many micro-batches before this one held.
-        train: the batch is given the order that the gradient of the embeddings is added up in.
+        train: the batch gets the order that the gradient of the embeddings is added up in, and a
+            shape that few batches differ in.
+        sequences: to train, the batch is filled up to so many with empty ones.
     """
-    by_length = sorted(range(len(rows)), key=lambda i: len(examples[rows[i]].tokens))  # stable
-    chosen = [examples[rows[i]] for i in by_length]
-    lengths = [len(e.tokens) for e in chosen]
-    T = bucket(sum(lengths))
+    chosen = [examples[row] for row in rows]
+    lengths = [len(example.tokens) for example in chosen]
+    by_length = sorted(range(len(rows)), key=lengths.__getitem__)  # stable
+    chosen, lengths = ([x[i] for i in by_length] for x in (chosen, lengths))
+    total = sum(lengths)
+    T, count, longest = bucket(total), len(rows), 1 << (max([64, *lengths]) - 1).bit_length()
+    size = (max(sequences, count), longest) if train else None
+    layout = Layout.pack(lengths, T, bucket=size)
 
-    def packed(parts):
-        x = np.zeros(T, np.int64)
-        np.concatenate([np.asarray(part, np.int64) for part in parts], out=x[: sum(lengths)])
-        return torch.from_numpy(x)
-
-    number = packed([np.full(n, first + i) for n, i in zip(lengths, by_length, strict=True)])
-    positions = packed([np.arange(n) for n in lengths])
-    tokens, types = packed([e.tokens for e in chosen]), packed([e.types for e in chosen])
-    one_type = torch.zeros_like(types)
-    return Batch(
+    ids = np.zeros((5, T), np.int64)
+    tokens, positions, types, key, one_type = torch.from_numpy(ids)
+    ids[0, :total] = _joined([example.tokens for example in chosen])
+    ids[2, :total] = _joined([example.types for example in chosen])
+    of = np.repeat(np.arange(count), lengths)  # the sequence of each row
+    ids[1, :total] = np.arange(total) - layout.first.numpy()[of]
+    ids[3] = ids[1]
+    ids[3, :total] += (np.array(by_length, np.int64) + first << 32)[of]
+    targets = np.full(len(layout.lengths), IGNORE_INDEX, np.int64)
+    targets[:count] = [example.target for example in chosen]
+    batch = Batch(
         tokens=tokens,
         positions=positions,
         types=types,
-        key=(number << 32) + positions,
-        layout=Layout.pack(lengths, T),
-        targets=torch.tensor([e.target for e in chosen]),
+        key=key,
+        targets=torch.from_numpy(targets),
+        layout=layout,
         rows=tuple(rows[i] for i in by_length),
         order=EmbedOrder.sort((tokens, positions, types, one_type)) if train else None,
     )
+    return batch._together()
+
+
+def _joined(parts):
+    """One after the other: `encode` makes arrays, which are ten times as fast as lists."""
+    kinds = {getattr(part, "typecode", "") for part in parts}
+    if len(kinds) == 1 and kinds != {""}:
+        return np.frombuffer(b"".join(parts), kinds.pop())
+    return np.fromiter(chain.from_iterable(parts), np.int64)
 
 
 @dataclass(frozen=True)
@@ -121,7 +205,7 @@ class Batches:
         for k in range(start, len(self)):
             rows = order[k * size : (k + 1) * size]
             yield [
-                collate(self.examples, rows[i : i + self.batch_size], first=i, train=True)
+                collate(self.examples, rows[i : i + self.batch_size], i, True, self.batch_size)
                 for i in range(0, len(rows), self.batch_size)
             ]
 

@@ -76,7 +76,7 @@ class Bert(nn.Module):
         """The dropout of a step: places are the embeddings', three a block, and the head's two."""
         if draw is None:
             return None
-        columns = max(self.config.dim, batch.layout.max_length)
+        columns = max(self.config.dim, batch.layout.longest)
         sites = 3 + 3 * self.config.n_layer
         return ops.draw_dropout(draw, batch.key, columns, sites, self.config.n_head)
 
