@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "minift/batch.py": {"ops"},
     "minift/layers.py": {"ops"},
     "minift/bert.py": {"config", "ops", "batch", "layers"},
+    "minift/prefetch.py": {"batch"},
     "minift/explain.py": {"batch", "ops"},
     "minift/tokenizer.py": {"config", "files"},
     "minift/storage.py": {"files"},
