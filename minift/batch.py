@@ -67,10 +67,10 @@ class Batch:
         """
         tensors = self._tensors()
         size = sum(map(_room, tensors))
-        flat = {dtype: memory.view(dtype) for dtype in (torch.int64, torch.int32)}
         if memory.dtype != torch.uint8 or memory.shape != (size,):
             found = f"{tuple(memory.shape)} {memory.dtype}"
             raise ValueError(f"expected memory ({size},) torch.uint8, got {found}")
+        flat = {dtype: memory.view(dtype) for dtype in (torch.int64, torch.int32)}
         places = accumulate(map(_room, tensors), initial=memory.storage_offset())
         views = (
             flat[x.dtype].as_strided(x.shape, x.stride(), at // x.itemsize)

@@ -50,7 +50,8 @@ def attention_probs(
     def attention(qkv, layout, n_head, causal=False, dropout=None):
         nonlocal layer
         if layer in layers:
-            seen[layer] = attention_probs_of(qkv, layout, n_head, causal=causal, heads=heads)
+            probs = attention_probs_of(qkv, layout, n_head, causal=causal, heads=heads)
+            seen[layer] = probs[: len(batch.rows)]  # without the empty ones of training batches
         layer += 1
         return ops.attention(qkv, layout, n_head, causal, dropout)
 

@@ -1,5 +1,9 @@
 """minift.batch: what is packed where, and which examples form a step."""
 
+from array import array
+from dataclasses import fields
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minift import Batches, Example
-from minift.batch import bucket, collate, evaluation_batches
-from minift.ops import EmbedOrder
+from minift.batch import OF_LAYOUT, OWN, Batch, bucket, collate, evaluation_batches
+from minift.ops import IGNORE_INDEX, EmbedOrder
 
 
 def make_examples(lengths: list[int]) -> list[Example]:
@@ -86,15 +90,156 @@ def test_a_bucket_is_little_larger_than_its_tokens(n):
     assert bucket(bucket(n)) == bucket(n)
 
 
-def test_moving_a_batch_moves_all_of_it():
-    """A tensor left behind would fail in the first operation on a GPU: here on 'meta'."""
-    batch = collate(make_examples([3, 2]), [0, 1], train=True).to("meta")
-    order = batch.order.words
-    for x in (batch.tokens, batch.positions, batch.types, batch.key, batch.targets, order):
-        assert x.is_meta
-    assert batch.layout.first.is_meta
-    assert batch.layout.lengths == (2, 3)
-    assert batch.rows == (1, 0)
+def tensors(batch: Batch) -> dict[str, torch.Tensor]:
+    """All of its tensors, its layout's and its order's, but the memory."""
+    found = {}
+    for record in (batch, batch.layout, batch.order):
+        if record is not None:
+            each = {f.name: getattr(record, f.name) for f in fields(record)}
+            found |= {name: x for name, x in each.items() if isinstance(x, torch.Tensor)}
+    del found["memory"]
+    return found
+
+
+def places(batch: Batch) -> dict[str, tuple]:
+    """Of each tensor: byte in memory, dtype, shape, stride."""
+    start = batch.memory.data_ptr()
+    return {
+        name: (x.data_ptr() - start, x.dtype, x.shape, x.stride())
+        for name, x in tensors(batch).items()
+        if x.numel()
+    }
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=7), st.booleans(), st.integers(0, 7))
+def test_all_tensors_lie_in_one_piece_of_memory(lengths, train, more):
+    """None over another, each at a multiple of 16 bytes, with less than 16 to the next."""
+    batch = collate(make_examples(lengths), range(len(lengths)), 0, train, len(lengths) + more)
+    assert set(tensors(batch)) >= {*OWN, *OF_LAYOUT}
+    assert batch.memory.dtype == torch.uint8
+    end = 0
+    for name, (at, *_) in sorted(places(batch).items(), key=lambda item: item[1][0]):
+        x = tensors(batch)[name]
+        assert x.untyped_storage().data_ptr() == batch.memory.untyped_storage().data_ptr()
+        assert at % 16 == 0
+        assert 0 <= at - end < 16
+        assert x.is_contiguous()
+        end = at + x.nbytes
+    assert 0 <= len(batch.memory) - end < 16
+
+
+def test_a_batch_moves_within_memory():
+    """To 'meta', which stands for a GPU: a tensor left behind would fail in the first operation
+    there. What the host knows stays what it is; on its own device a batch is itself."""
+    batch = collate(make_examples([3, 2]), [0, 1], train=True)
+    moved = batch.to("meta")
+    assert all(x.is_meta for x in tensors(moved).values())
+    assert len(tensors(moved)) == 12
+    assert moved.memory.is_meta
+    assert (moved.layout.lengths, moved.rows, moved.shape) == ((2, 3), (1, 0), batch.shape)
+    assert batch.to("cpu") is batch
+
+
+def test_a_batch_within_other_memory():
+    """At any place of a larger piece; its bytes are not touched."""
+    examples = make_examples([3, 9, 2])
+    batch = collate(examples, [0, 1, 2], train=True)
+    room = torch.full((len(batch.memory) + 48,), 7, dtype=torch.uint8)
+    part = room[32:-16]
+    slot = batch.within(part)
+    assert (room == 7).all()
+    assert slot.memory is part
+    part.copy_(batch.memory)
+    for name, x in tensors(batch).items():
+        assert torch.equal(tensors(slot)[name], x), name
+    assert places(slot) == places(batch)
+    assert (room[:32] == 7).all()
+    assert (room[-16:] == 7).all()
+    assert slot.rows is batch.rows
+
+
+@pytest.mark.parametrize("size", [(0,), (15,), (16,), (2, 8)])
+def test_memory_that_does_not_fit_is_named(size):
+    batch, memory = collate(make_examples([3]), [0]), torch.zeros(size, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=rf"expected memory \({len(batch.memory)},\) torch.uint8"):
+        batch.within(memory)
+    with pytest.raises(ValueError, match=r"expected memory .* got .* torch.int8"):
+        batch.within(batch.memory.view(torch.int8))
+
+
+@st.composite
+def steps_of_one_shape(draw):
+    """Lengths of two batches of as many rows, the longest of both in the same power of two, and
+    how many sequences a batch has."""
+    longest = draw(st.sampled_from([9, 64, 65, 128, 129, 300]))
+    lengths = st.lists(st.integers(1, longest), max_size=6)
+    a, b = [longest, *draw(lengths)], [longest, *draw(lengths)]
+    while bucket(sum(a)) != bucket(sum(b)):
+        short = a if sum(a) < sum(b) else b
+        short.append(min(longest, abs(sum(a) - sum(b))))
+    return a, b, max(len(a), len(b)) + draw(st.integers(0, 2))
+
+
+@settings(max_examples=60)
+@given(steps_of_one_shape())
+def test_training_batches_of_one_shape_lie_alike(drawn):
+    """Whatever the lengths are: by one copy one takes the place of the other, as in a captured
+    step."""
+    *lengths, sequences = drawn
+    slot, other = (collate(make_examples(n), range(len(n)), 0, True, sequences) for n in lengths)
+    assert slot.shape == other.shape
+    assert hash(slot.shape) == hash(other.shape)
+    assert places(slot) == places(other)
+    slot.memory.copy_(other.memory)
+    for name, x in tensors(other).items():
+        assert torch.equal(tensors(slot)[name], x), name
+
+
+def test_shapes_differ_where_tensors_do():
+    examples = make_examples([5, 64, 65, 128, 129])
+    base = collate(examples, [0], 0, True, 4)
+    others = [
+        collate(examples, [0], 0, True, 5),
+        collate(examples, [1], 0, True, 4),
+        collate(examples, [2], 0, True, 4),
+        collate(examples, [4], 0, True, 4),
+        collate(examples, [0], 0, False),
+    ]
+    assert len({base.shape, *(b.shape for b in others)}) == 6
+    assert [b.layout.longest for b in (base, *others)] == [64, 64, 64, 128, 256, 5]
+
+
+def test_a_short_batch_is_filled_with_empty_sequences():
+    """They own no row and have no target; the rest is what it is without them."""
+    examples = make_examples([9, 3, 5])
+    whole, plain = collate(examples, [2, 0], 4, True, 4), collate(examples, [2, 0], 4, True)
+    assert whole.rows == plain.rows == (2, 0)
+    assert whole.layout.lengths == (5, 9, 0, 0)
+    assert plain.layout.lengths == (5, 9)
+    assert whole.targets.tolist() == [2, 0, IGNORE_INDEX, IGNORE_INDEX]
+    assert whole.layout.rows == plain.layout.rows == 16
+    for name in ("tokens", "positions", "types", "key"):
+        assert torch.equal(getattr(whole, name), getattr(plain, name))
+    assert torch.equal(whole.order.words, plain.order.words)
+    assert whole.layout.first.tolist()[:2] == [0, 5]
+    (*_, last) = Batches(examples, 2).epoch(0)
+    assert [len(last[0].rows), len(last[0].targets)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "kind", [list, np.array, partial(array, "i"), partial(array, "q"), range], ids=repr
+)
+def test_tokens_may_be_any_sequence(kind):
+    """Also one kind beside another."""
+    ids = [range(7, 10), range(20, 25), range(3)]
+    examples = [Example(kind(i) if kind is not range else i, kind([0] * len(i))
+                        if kind is not range else range(len(i)), 0) for i in ids]  # fmt: skip
+    mixed = [examples[0], Example(list(ids[1]), [1] * 5, 0), examples[2]]
+    for data in (examples, mixed):
+        batch = collate(data, [0, 1, 2])
+        assert batch.tokens.tolist() == [7, 8, 9, 0, 1, 2, 20, 21, 22, 23, 24, 0, 0, 0, 0, 0]
+        assert batch.types[6:11].tolist() == list(data[1].types)
 
 
 def test_a_batch_to_train_on_knows_which_rows_share_an_id():

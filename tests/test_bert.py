@@ -343,6 +343,18 @@ def test_masks_do_not_depend_on_the_micro_batch():
         assert_close(four, whole[rows], rtol=1e-5)
 
 
+def test_masks_of_a_training_batch_have_room_for_its_bucket():
+    """As many columns as the longest sequence of any batch of its shape may need; the masks are
+    those of a batch that has its own sequences alone."""
+    model, examples = make_model(), make_examples([4, 9, 2, 24, 9])
+    batch, train = together(examples), collate(examples, range(5), train=True, sequences=7)
+    columns = [model.bert.draw(at_step(5), b, TORCH).columns for b in (batch, train)]
+    assert [len(c) for c in columns] == [max(model.config.dim, n) for n in (24, 64)]
+    assert len(columns[0]) < len(columns[1])
+    with torch.no_grad():
+        assert_close(model(train, draw=at_step(5))[:5], model(batch, draw=at_step(5)))
+
+
 def test_equal_texts_in_a_step_draw_different_masks():
     """The mask belongs to the example's number, not to its content."""
     model, examples = make_model(), make_examples([6]) * 3

@@ -46,6 +46,15 @@ def test_chosen_layers_and_heads(models):
         assert torch.equal(a, b[[1, 0]])
 
 
+def test_empty_sequences_of_a_training_batch_are_left_out(models):
+    _, model, batch = models
+    examples = [Example(TEXTS[row], [0] * len(TEXTS[row]), 0) for row in range(3)]
+    filled = collate(examples, [0, 1, 2], train=True, sequences=5).to(batch.tokens.device)
+    for layer, probs in attention_probs(model, filled).items():
+        for a, b in zip(probs, attention_probs(model, batch)[layer], strict=True):
+            assert torch.equal(a, b)
+
+
 def test_looking_changes_nothing(models):
     """The logits are those of a model that nobody watches; no gradient is kept."""
     _, model, batch = models

@@ -39,7 +39,7 @@ def test_sequences_lie_end_to_end(lengths, slack):
         assert layout.cu_seqlens[b + 1] == start
     assert layout.lengths == tuple(lengths)
     assert layout.rows == start + slack
-    assert layout.max_length == max([0, *lengths])
+    assert layout.max_length == layout.longest == max([0, *lengths])
     assert layout.cu_seqlens.dtype == torch.int32
     assert layout.first.dtype == layout.last.dtype == torch.int64
     assert len(layout.first) == len(layout.last) == len(lengths)
@@ -107,6 +107,14 @@ def test_neighbours_share_a_group_while_padding_is_cheap(lengths):
         if n < len(real):
             longer = (group.n + 1) * max(group.length, real[n]) ** 2
             assert longer > cells + real[n] ** 2 + GROUP_OVERHEAD
+
+
+def test_groups_are_made_when_asked_for():
+    """Once: a GPU's kernels never ask, and a model asks in every layer."""
+    layout = Layout.pack([3, 5, 2])
+    assert "groups" not in vars(layout)
+    assert layout.groups is layout.groups
+    assert "groups" not in vars(layout.to("meta"))
 
 
 def test_equal_lengths_are_one_view():
@@ -288,6 +296,7 @@ def test_a_bucket_has_room_for_its_fullest_batch(longest):
 def test_a_bucket_fills_up_with_empty_sequences():
     layout = Layout.pack([3, 5], 10, bucket=(4, 70))
     assert layout.lengths == layout.key_lengths == (3, 5, 0, 0)
+    assert (layout.max_length, layout.longest) == (5, 70)
     assert layout.cu_seqlens.tolist() == [0, 3, 8, 8, 8]
     layout = Layout.pack([3, 5], key_lengths=[4, 9], bucket=(3, 70))
     assert layout.key_lengths == (4, 9, 0)

@@ -9,7 +9,7 @@ import torch
 from accuracy import DEVICE
 from tiny import tiny_model, write_rows
 
-from minift.batch import Batches, Example
+from minift.batch import Batches, Example, collate
 from minift.config import TrainConfig
 from minift.data import read_rows
 from minift.ops import TORCH, TRITON, Draw
@@ -65,6 +65,35 @@ def test_accumulation_is_the_same_step(files, size, accumulation, task):
     for name, grad in grads.items():
         scale = grad.abs().max().item() + 1e-8
         assert (parts[name] - grad).abs().max().item() <= 2e-5 * scale, name
+
+
+@pytest.mark.parametrize(
+    ("task", "ops"),
+    [
+        (Classification(LABELS), TORCH),
+        (Classification(LABELS, (0.2, 3.0), 0.1), TORCH),
+        (Classification(LABELS, (0.2, 3.0), 0.1), TRITON),
+    ],
+    ids=["plain", "weights", "triton"],
+)
+def test_empty_sequences_change_nothing(files, model_and_examples, task, ops):
+    """A batch that is filled up has the loss and the gradients, to rounding, that it has without:
+    with dropout, class weights and smoothing."""
+    _, examples = model_and_examples
+    found = []
+    for sequences in (0, 3):
+        model, _ = load(files / "model", LABELS)
+        model.to(DEVICE)
+        batch = collate(examples, range(2), train=True, sequences=sequences)
+        assert len(batch.targets) == max(2, sequences)
+        draw = Draw(*(torch.tensor(n, device=DEVICE) for n in (3, 1)))
+        loss = gradients(model, [batch], task, ops, torch.float32, draw)
+        found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+    (plain, expected), (filled, grads) = found
+    torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0)
+    for name, grad in expected.items():
+        scale = grad.abs().max().item()
+        assert (grads[name] - grad).abs().max().item() <= 1e-5 * scale, name
 
 
 def test_two_runs_have_the_same_bits(files):
