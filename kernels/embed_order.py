@@ -47,11 +47,11 @@ class EmbedOrder:
     gradients: Any = None  # TableGradients, memory that the gradients go to; None: new memory
 
     @staticmethod
-    def sort(ids: Sequence[Tensor]) -> "EmbedOrder":
+    def sort(ids: Tensor | Sequence[Tensor]) -> "EmbedOrder":
         """The order by each of `ids`, (T,) int64, on the host: ids on a GPU are waited for."""
-        N, T = len(ids), len(ids[0])
-        keys = torch.stack(tuple(ids)).cpu().numpy()
-        np.minimum(keys, 2**31 - 1, out=keys)  # no table has rows beyond
+        ids = ids if isinstance(ids, Tensor) else torch.stack(tuple(ids))
+        N, T = ids.shape
+        keys = np.minimum(ids.cpu().numpy(), 2**31 - 1)  # no table has rows beyond
         np.maximum(keys, -1, out=keys)
         keys <<= 32
         keys += np.arange(T)  # all differ: see `Order`
@@ -79,8 +79,8 @@ def _write_lines(words: np.ndarray, keys: np.ndarray) -> None:
     marks = np.ones((N, T), np.uint8)  # of each place: the low bits of a piece's word
     np.not_equal(keys[:, 1:], keys[:, :-1], out=marks[:, 1:].view(bool))
     long = marks[:, :-PIECE].view(bool) & (keys[:, PIECE:] == keys[:, :-PIECE])
-    for k, begin in zip(*long.nonzero(), strict=True):
-        end = begin + keys[k, begin:].searchsorted(keys[k, begin], "right")
+    for k, begin in zip(*(x.tolist() for x in long.nonzero()), strict=True):
+        end = keys[k].searchsorted(keys[k, begin], "right")
         marks[k, begin:end:PIECE] += 2
         at = 2 * (begin // PIECE)
         segments[k, at : at + 2] = begin, end

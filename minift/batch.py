@@ -45,9 +45,9 @@ class Batch:
     key: Tensor  # (T,) int64: number of the example in its step << 32 | position
     targets: Tensor  # (B,) int64; of an empty sequence IGNORE_INDEX
     layout: Layout
+    order: EmbedOrder | None  # by tokens, positions, types, and one type for all; to train
     rows: tuple[int, ...]  # which examples of the data these are; empty sequences are none
-    order: EmbedOrder | None = None  # by tokens, positions, types, and one type for all; to train
-    memory: Tensor | None = None  # (bytes,) uint8, where all tensors lie; None: each by itself
+    memory: Tensor  # (bytes,) uint8: where all tensors lie
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,21 +65,13 @@ class Batch:
         Raises:
             ValueError: the size is another.
         """
-        tensors = self._tensors()
-        size = sum(map(_room, tensors))
-        if memory.dtype != torch.uint8 or memory.shape != (size,):
-            found = f"{tuple(memory.shape)} {memory.dtype}"
-            raise ValueError(f"expected memory ({size},) torch.uint8, got {found}")
-        flat = {dtype: memory.view(dtype) for dtype in (torch.int64, torch.int32)}
-        places = accumulate(map(_room, tensors), initial=memory.storage_offset())
-        views = (
-            flat[x.dtype].as_strided(x.shape, x.stride(), at // x.itemsize)
-            for at, x in zip(places, tensors, strict=False)
-        )
-        own, of_layout = (dict(zip(names, views, strict=False)) for names in (OWN, OF_LAYOUT))
-        order = self.order and replace(self.order, words=next(views))
-        layout = replace(self.layout, **of_layout)
-        return replace(self, layout=layout, order=order, memory=memory, **own)
+        if memory.dtype != torch.uint8 or memory.shape != self.memory.shape:
+            expected, found = (f"{tuple(x.shape)} {x.dtype}" for x in (self.memory, memory))
+            raise ValueError(f"expected memory {expected}, got {found}")
+        tensors = [getattr(self, name) for name in OWN]
+        tensors += [getattr(self.layout, name) for name in OF_LAYOUT]
+        tensors += [self.order.words] if self.order else []
+        return _within(memory, tensors, self.layout, self.order, self.rows)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, by one copy; one of pinned memory does not wait."""
@@ -90,24 +82,25 @@ class Batch:
         """The same batch in pinned memory of the host; only where there is a GPU."""
         return self.within(self.memory.pin_memory())
 
-    def _together(self):
-        """The same batch with its tensors in new memory, one after the other."""
-        arrays = [x.numpy() for x in self._tensors()]
-        memory = bytearray().join([part for x in arrays for part in (x, bytes(-x.nbytes % 16))])
-        return self.within(torch.frombuffer(memory, dtype=torch.uint8))
-
-    def _tensors(self):
-        """In the order of their places in memory."""
-        own = [getattr(self, name) for name in OWN]
-        layout = [getattr(self.layout, name) for name in OF_LAYOUT]
-        return [*own, *layout, *([self.order.words] if self.order else [])]
-
 
 OWN = "tokens", "positions", "types", "key", "targets"
 OF_LAYOUT = "first", "last", "cu_seqlens", "short", "long", "long_keys"
 
 
-def _room(x: Tensor) -> int:
+def _within(memory, like, layout, order, rows):
+    """The batch whose tensors, of the sizes of `like`, follow each other in memory."""
+    flat = {x.itemsize: x for x in (memory.view(torch.int64), memory.view(torch.int32))}
+    places = accumulate((_room(x) for x in like), initial=memory.storage_offset())
+    views = (
+        flat[x.itemsize].as_strided(x.shape, (*x.shape[1:], 1), at // x.itemsize)
+        for at, x in zip(places, like, strict=False)
+    )
+    own, of_layout = (dict(zip(names, views, strict=False)) for names in (OWN, OF_LAYOUT))
+    order = order and replace(order, words=next(views))
+    return Batch(layout=replace(layout, **of_layout), order=order, rows=rows, memory=memory, **own)
+
+
+def _room(x: Tensor | np.ndarray) -> int:
     """Bytes of a tensor, in whole units of 16: kernels know of pointers that they are aligned."""
     return -(-x.nbytes // 16) * 16
 
@@ -149,26 +142,23 @@ def collate(
     layout = Layout.pack(lengths, T, bucket=size)
 
     ids = np.zeros((5, T), np.int64)
-    tokens, positions, types, key, one_type = torch.from_numpy(ids)
-    ids[0, :total] = _joined([example.tokens for example in chosen])
-    ids[2, :total] = _joined([example.types for example in chosen])
-    of = np.repeat(np.arange(count), lengths)  # the sequence of each row
-    ids[1, :total] = np.arange(total) - layout.first.numpy()[of]
-    ids[3] = ids[1]
-    ids[3, :total] += (np.array(by_length, np.int64) + first << 32)[of]
+    tokens, positions, types, _, key = ids
+    tokens[:total] = _joined([example.tokens for example in chosen])
+    types[:total] = _joined([example.types for example in chosen])
+    number = np.array(by_length, np.int64) + first
+    start = (number << 32) - layout.first.numpy()[:count]
+    key[:total] = start.repeat(lengths) + np.arange(total)
+    np.bitwise_and(key, 0xFFFF_FFFF, out=positions)
     targets = np.full(len(layout.lengths), IGNORE_INDEX, np.int64)
     targets[:count] = [example.target for example in chosen]
-    batch = Batch(
-        tokens=tokens,
-        positions=positions,
-        types=types,
-        key=key,
-        targets=torch.from_numpy(targets),
-        layout=layout,
-        rows=tuple(rows[i] for i in by_length),
-        order=EmbedOrder.sort((tokens, positions, types, one_type)) if train else None,
-    )
-    return batch._together()
+
+    order = EmbedOrder.sort(torch.from_numpy(ids[:4])) if train else None
+    arrays = [tokens, positions, types, key, targets]
+    arrays += [getattr(layout, name).numpy() for name in OF_LAYOUT]
+    arrays += [order.words.numpy()] if train else []
+    memory = bytearray().join([part for x in arrays for part in (x, bytes(_room(x) - x.nbytes))])
+    memory = torch.frombuffer(memory, dtype=torch.uint8)
+    return _within(memory, arrays, layout, order, tuple(rows[i] for i in by_length))
 
 
 def _joined(parts):

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from accuracy import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -166,6 +167,18 @@ def test_memory_that_does_not_fit_is_named(size):
         batch.within(memory)
     with pytest.raises(ValueError, match=r"expected memory .* got .* torch.int8"):
         batch.within(batch.memory.view(torch.int8))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_pinned_batch_moves_by_one_copy():
+    batch = collate(make_examples([3, 70, 2]), [0, 1, 2], train=True, sequences=5)
+    pinned = batch.pinned()
+    assert all(x.is_pinned() for x in (pinned.memory, *tensors(pinned).values()) if x.numel())
+    moved = pinned.to(DEVICE)
+    assert moved.memory.data_ptr() % 16 == 0
+    assert places(moved) == places(pinned) == places(batch)
+    for name, x in tensors(batch).items():
+        assert torch.equal(tensors(moved)[name].cpu(), x), name
 
 
 @st.composite
