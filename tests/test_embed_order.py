@@ -101,4 +101,10 @@ def test_ids_are_only_read():
     ids = torch.tensor([3, -4, 2**40])
     before = ids.clone()
     EmbedOrder.sort((ids,))
+    EmbedOrder.sort(ids[None])
     assert torch.equal(ids, before)
+
+
+def test_ids_may_be_the_rows_of_one_tensor():
+    ids = torch.arange(400).view(2, 200) % 3
+    assert torch.equal(EmbedOrder.sort(ids).words, EmbedOrder.sort(tuple(ids)).words)
