@@ -24,7 +24,17 @@ from torch import Tensor
 
 from .adamw_step import GROUP_COLUMNS, LR, SCALARS, launch_norm, launch_step
 from .launch import can_launch
-from .param_table import KIND, KINDS, ParamTable, is_dense, like, local, same_order, upload
+from .param_table import (
+    KIND,
+    KINDS,
+    ParamTable,
+    is_capturing,
+    is_dense,
+    like,
+    local,
+    same_order,
+    upload,
+)
 
 # ---------------------------------------------------------------- definition
 
@@ -126,7 +136,7 @@ class AdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        capturing = self.skipped.is_cuda and torch.cuda.is_current_stream_capturing()
+        capturing = is_capturing(self.skipped.device)
         table = self._current_table(capturing)
         grads = [p.grad for p in table.params]
         with torch.cuda.device_of(self.skipped):

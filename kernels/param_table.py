@@ -80,9 +80,9 @@ class ParamTable:
 
     def reserve(self) -> None:
         """Makes room for captures. Not in a capture, where memory is not ours to take."""
-        if self.device.type == "cuda" and len(self._spare) < CAPTURES:
-            n = CAPTURES - len(self._spare)
-            host = torch.empty((n, *self.rows.shape), dtype=torch.int64, pin_memory=True)
+        if len(self._spare) < CAPTURES:
+            shape, pinned = (CAPTURES - len(self._spare), *self.rows.shape), self.rows.is_cuda
+            host = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
             self._spare += zip(host, torch.empty_like(host, device=self.device), strict=True)
 
     def write_captured(self, addresses: list[tuple[int, ...]], alive: list[Tensor]) -> Tensor:
@@ -114,6 +114,11 @@ class ParamTable:
     def _host(self, addresses):
         known = torch.tensor(addresses, dtype=torch.int64).view(len(self.params), KIND.value + 1)
         return torch.cat((known, self.sizes), 1)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched there now goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:

@@ -169,6 +169,12 @@ def _joined(parts):
     return np.fromiter(chain.from_iterable(parts), np.int64)
 
 
+def check_length(layout: Layout, most: int) -> None:
+    """Raises ValueError when a sequence is longer than a model's position table."""
+    if layout.max_length > most:
+        raise ValueError(f"expected at most {most} tokens, got {layout.max_length}: cut the text")
+
+
 @dataclass(frozen=True)
 class Batches:
     """The training batches of `examples`: which rows form step k of epoch e."""
@@ -198,6 +204,16 @@ class Batches:
                 collate(self.examples, rows[i : i + self.batch_size], i, True, self.batch_size)
                 for i in range(0, len(rows), self.batch_size)
             ]
+
+    def buckets(self) -> tuple[int, float]:
+        """Of the first epoch: how many numbers of rows its batches have, and the share of all rows
+        that belong to no sequence."""
+        lengths = np.array([len(example.tokens) for example in self.examples])[self.order(0)]
+        step = self.batch_size * self.accumulation
+        begins = [i for k in range(0, len(lengths), step)
+                  for i in range(k, min(k + step, len(lengths)), self.batch_size)]  # fmt: skip
+        rows = [bucket(int(total)) for total in np.add.reduceat(lengths, begins)]
+        return len(set(rows)), 1 - int(lengths.sum()) / sum(rows)
 
 
 def evaluation_batches(examples: Sequence[Example], tokens: int = 4096) -> Iterator[Batch]:

@@ -6,8 +6,9 @@ arXiv:1810.04805. T packed tokens, C wide, H heads of D, B sequences.
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .batch import Batch
+from .batch import Batch, check_length
 from .config import ModelConfig
 from .layers import MLP, Attention, Embedding, LayerNorm, Linear, linear, matmul, norm
 from .ops import Draw, Dropout, Layout, Ops, ops_for
@@ -101,6 +102,7 @@ class Bert(nn.Module):
         dtype: torch.dtype = torch.float32,
         dropout: Dropout | None = None,
         rows: Tensor | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Hidden states of the last layer.
 
@@ -110,6 +112,8 @@ class Bert(nn.Module):
             dtype: of activations and products.
             dropout: this step's, from `draw`; None drops nothing.
             rows: (N,) int64 rows that are wanted: the last layer computes no others.
+            checkpointing: keep the input of each layer alone, which backward computes again. No
+                random state is needed for that: dropout is keyed.
 
         Returns:
             (T, C), or (N, C) when `rows` is given.
@@ -118,17 +122,19 @@ class Bert(nn.Module):
             ValueError: a sequence is longer than the position table.
         """
         config = self.config
-        if batch.layout.max_length > config.max_len:
-            longest = batch.layout.max_length
-            raise ValueError(
-                f"expected at most {config.max_len} tokens, got {longest}: cut the text"
-            )
+        check_length(batch.layout, config.max_len)
         ops = ops or ops_for(batch.tokens.device)
         x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.hidden_dropout))
         residual = x
         for i, block in enumerate(self.layers):
             wanted = rows if i == config.n_layer - 1 else None
-            x, residual = block(x, residual, batch.layout, ops, dropout, wanted)
+            given = x, residual, batch.layout, ops, dropout, wanted
+            if checkpointing:
+                x, residual = checkpoint(
+                    block, *given, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x, residual = block(*given)
         return x
 
 
@@ -156,11 +162,12 @@ class BertClassifier(nn.Module):
         ops: Ops | None = None,
         dtype: torch.dtype = torch.float32,
         draw: Draw | None = None,
+        checkpointing: bool = False,
     ) -> Tensor:
         """Logits (B, number of labels) in `dtype`.
 
         Args:
-            batch, ops, dtype: as `Bert.forward`'s.
+            batch, ops, dtype, checkpointing: as `Bert.forward`'s.
             draw: seed and step of the dropout, to train; None drops nothing.
         """
         kind, p, site = (
@@ -170,7 +177,7 @@ class BertClassifier(nn.Module):
         )
         first, ops = batch.layout.first, ops or ops_for(batch.tokens.device)
         dropout = self.bert.draw(draw, batch, ops)
-        x = self.bert(batch, ops, dtype, dropout, rows=first)  # (B, C)
+        x = self.bert(batch, ops, dtype, dropout, first, checkpointing)  # (B, C)
         if kind.drop_first:
             x = ops.drop(x, dropout and dropout.at(site + 1, p, first))
         x = ACTIVATIONS[kind.activation](linear(x, self.pooler))

@@ -169,6 +169,10 @@ class TrainConfig:
     seed: int = flag(0, "of the data order, the dropout and the new weights")
     dtype: str = flag("auto", "of activations and products; auto: bf16 on a GPU, else fp32",
                       choices=("auto", "fp32", "bf16"))
+    graph: str = flag("auto", "auto: whole steps as CUDA graphs where that can be; off: kernel by "
+                      "kernel", choices=("auto", "off"))
+    gradient_checkpointing: bool = flag(False, "less memory for a third more work: backward "
+                                               "computes each layer again")
     method: str = flag("full", "bitfit trains the head and the biases alone",
                        choices=("full", "bitfit"))
     freeze: str = flag("", "what stays as it is: 'embeddings,layers:0-9', 'layers.*.mlp.*'")

@@ -60,6 +60,7 @@ class Ops:
     linear_cross_entropy: Callable
     adamw: Callable  # -> a torch.optim.Optimizer whose step clips: grad_norm, skipped
     masters: bool = False  # whether it takes 16-bit weights and steps their fp32 masters
+    captured: bool = False  # whether a CUDA graph of them is good for other batches of its shape
 
 
 def _adamw(groups, betas, eps, max_grad_norm, masters=None):
@@ -89,6 +90,7 @@ TRITON = Ops(
     linear_cross_entropy=linear_cross_entropy,
     adamw=_adamw,
     masters=True,
+    captured=True,
 )
 
 TABLES = {"torch": TORCH, "triton": TRITON}

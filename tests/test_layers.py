@@ -113,7 +113,8 @@ def test_shadows_of_shared_parameters():
     ids, model, plain = torch.tensor([1, 5, 5]), Tied(), Tied()
     shadows = Shadows(model, BF16)
     assert shadows.leaves.keys() == {"first.weight", "first.bias"}
-    logits, expected = shadows(ids), plain(ids)
+    with shadows.standing():
+        logits, expected = model(ids), plain(ids)
     assert torch.equal(logits, expected)
     up = torch.linspace(-1, 2, logits.numel()).view_as(logits).to(BF16)
     logits.backward(up), expected.backward(up)
@@ -128,22 +129,29 @@ def test_shadows_of_shared_parameters():
 def test_a_model_that_raises_has_its_own_weights_again():
     model = Tied()
     before = dict(model.named_parameters())
+    shadows = Shadows(model, BF16)
+
+    def run():
+        with shadows.standing():
+            assert model.first.weight is shadows.leaves["first.weight"]
+            model(torch.tensor([7]))
+
     with pytest.raises(IndexError):
-        Shadows(model, BF16)(torch.tensor([7]))
+        run()
     after = dict(model.named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is p for name, p in before.items())
 
 
 def test_leaves_are_cast_when_a_master_was_written_to_and_not_again():
-    model, ids = Tied(), torch.tensor([1, 5, 5])
+    model = Tied()
     shadows = Shadows(model, BF16)
     with torch.no_grad():
         model.first.bias.add_(1)
     casts = []
     for _ in range(2):
         with Operations() as seen:
-            shadows(ids)
+            shadows.refresh()
         casts.append(seen.names.count("_foreach_copy_"))
     assert casts == [1, 0]
     assert torch.equal(shadows.leaves["first.bias"], model.first.bias.to(BF16))

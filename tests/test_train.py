@@ -12,9 +12,9 @@ from tiny import tiny_model, write_rows
 from minift.batch import Batches, Example, collate
 from minift.config import TrainConfig
 from minift.data import read_rows
-from minift.ops import TORCH, TRITON, Draw
+from minift.ops import TORCH, TRITON
 from minift.tasks.classification import Classification
-from minift.train import Diverged, TrainState, compute_dtype, gradients, total_steps, train
+from minift.train import Diverged, TrainState, compute_dtype, total_steps, train
 from minift.weights import load
 
 LABELS = ("neg", "pos")
@@ -262,28 +262,6 @@ def test_who_writes_to_a_weight_is_heard(files, in_bf16):
     assert losses[0] == in_bf16[0][0]
     assert losses[1] != in_bf16[0][1]
     assert torch.equal(state.shadows.leaves["head.weight"], model.head.weight.bfloat16())
-
-
-def test_accumulated_gradients_are_rounded_once(files):
-    """The leaf's gradient is the rounded fp32 sum of those of four micro-batches."""
-    model, tokenizer = load(files / "model", LABELS)
-    examples = Classification(LABELS).encode(read_rows(files / "train.csv")[:4], tokenizer)
-    config, task = TrainConfig(dtype="bf16"), Classification(LABELS)
-    state = TrainState.new(model.to(DEVICE), config, TRITON)
-    draw = Draw(torch.tensor(1, device=DEVICE), torch.tensor(0, device=DEVICE))
-    (micro_batches,) = Batches(examples, 1, 4).epoch(0)
-    gradients(state.shadows, micro_batches, task, TRITON, torch.bfloat16, draw)
-    leaves = state.shadows.leaves
-    whole = {name: leaf.grad for name, leaf in leaves.items()}
-    sums = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-    for batch in micro_batches:
-        state.optimizer.zero_grad()
-        logits = state.shadows(batch.to(DEVICE), TRITON, torch.bfloat16, draw)
-        (task.loss(logits, batch.to(DEVICE), TRITON) / 4).backward()
-        for name, leaf in leaves.items():
-            sums[name] += leaf.grad
-    for name, total in sums.items():
-        assert torch.equal(whole[name], total.bfloat16()), name
 
 
 def test_torchs_optimizer_keeps_no_masters():

@@ -38,9 +38,11 @@ class TinyGPT(nn.Module):
         self.norm = LayerNorm(C, 1e-5)
         self.head = Linear(C, sizes.labels)
 
-    def forward(self, batch: Batch, ops: Ops, dtype: torch.dtype, draw: Draw | None) -> Tensor:
+    def forward(
+        self, batch: Batch, ops: Ops, dtype: torch.dtype, draw: Draw | None, _: bool = False
+    ) -> Tensor:
         s, layout = self.sizes, batch.layout
-        columns = max(s.dim, layout.max_length)
+        columns = max(s.dim, layout.longest)
         drop = draw and ops.draw_dropout(draw, batch.key, columns, 1 + 3 * s.n_layer, s.n_head)
 
         def at(site):
