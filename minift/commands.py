@@ -30,6 +30,7 @@ from .train import Step, compute_dtype
 from .weights import load, read_config
 
 PLAIN_SECONDS = 10.0  # between lines of progress when stderr is no terminal
+LOOK_SECONDS = 0.1  # between two looks at the loss
 BLOCK = 256  # texts that are predicted together
 
 
@@ -51,7 +52,7 @@ class Bar:
     def __init__(self, quiet: bool):
         self.quiet, self.bar, self.tty = quiet, None, sys.stderr.isatty()
         self.start = self.shown = time.perf_counter()
-        self.first, self.tokens, self.loss = 0, 0, 0.0
+        self.first, self.tokens, self.loss, self.read, self.looked = 0, 0, 0.0, 0, 0.0
 
     def step(self, step: Step) -> None:
         """Shows a step: running loss, real tokens/s, time left."""
@@ -59,10 +60,12 @@ class Bar:
             return
         self.first = self.first or step.index
         self.tokens += step.tokens
-        done = step.index - self.first + 1
-        # Adam's kind of average: the first steps count as they are.
-        self.loss += (step.loss - self.loss) / min(done, 20)
-        rate = self.tokens / (time.perf_counter() - self.start)
+        done, now = step.index - self.first + 1, time.perf_counter()
+        if now - self.looked > LOOK_SECONDS or step.index == step.total:
+            # Reading a loss waits for a GPU. Adam's kind of average: the first count as they are.
+            self.looked, self.read = now, self.read + 1
+            self.loss += (step.loss - self.loss) / min(self.read, 20)
+        rate = self.tokens / (now - self.start)
         if self.tty:
             if self.bar is None:
                 from tqdm import tqdm
@@ -71,8 +74,8 @@ class Bar:
             note = f"loss {self.loss:.4f}, {rate:,.0f} tokens/s"
             self.bar.set_postfix_str(note, refresh=False)
             self.bar.update()
-        elif time.perf_counter() - self.shown > PLAIN_SECONDS or step.index == step.total:
-            self.shown = time.perf_counter()
+        elif now - self.shown > PLAIN_SECONDS or step.index == step.total:
+            self.shown = now
             left = (step.total - step.index) * (self.shown - self.start) / done
             say(
                 f"step {step.index}/{step.total}  loss {self.loss:.4f}  "

@@ -282,6 +282,9 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     yield Notice(format_rules(state.groups))
     files = run.train_file, run.validation_file, run.test_file
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    batches = Batches(examples["train"], size, accumulation, config.seed)
+    buckets, slack = batches.buckets()
+    yield Notice(f"batches of {buckets} different sizes; {slack:.1%} of their rows are empty")
     return Job(
         run=run,
         config=config,
@@ -294,7 +297,7 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
         task=task,
         state=state,
         examples=examples,
-        batches=Batches(examples["train"], size, accumulation, config.seed),
+        batches=batches,
         files={file: fingerprint(file) for file in files if file},
     )
 

@@ -35,8 +35,9 @@ from .weights import read_weights, save_model
 # What may change between a run and its continuation without changing a bit of the result.
 FREE = set(
     "output_dir resume_from_checkpoint overwrite_output_dir save_total_limit test_file device "
-    "threads".split()
+    "threads graph gradient_checkpointing".split()
 )
+LATE = 50  # steps whose losses are read at once, where reading waits for a GPU
 # What a run leaves in its folder besides checkpoints.
 OWN = (
     "config.json model.safetensors tokenizer.json tokenizer_config.json run.json metrics.jsonl"
@@ -221,33 +222,48 @@ class Run:
         self.log({"step": step.index, "epoch": step.epoch, **events, "eval_runtime": seconds})
         return Evaluation(step.index, step.epoch, metrics, best)
 
-    def steps(self) -> Iterator[Step | Evaluation]:
+    def steps(self) -> Iterator[Step | Evaluation | Notice]:
         """Trains, evaluates, saves."""
         job, progress, clock = self.job, self.progress, time.perf_counter()
+        said = "graph is off"  # nobody who asked for it need be told
         eval_every = self.run.eval_steps or len(job.batches)
         save_every = self.run.save_steps or eval_every
         if progress.stopped:
             return
+        late: list[Step] = []  # those that are not logged yet
         for step in train(job.model, job.batches, job.config, job.task, job.state, job.ops):
-            seconds = time.perf_counter() - clock
-            progress.loss_sum += step.loss
-            progress.seconds += seconds
-            facts = {n: getattr(step, n) for n in ("epoch", "loss", "grad_norm", "learning_rate")}
-            rate = step.tokens / seconds
-            self.log(
-                {"step": step.index, **facts, "tokens": step.tokens, "tokens_per_second": rate}
-            )
-            yield step
+            late.append(step)
             last = step.index == step.total
-            if step.index % eval_every == 0 or last:
+            evaluates = step.index % eval_every == 0 or last
+            saves = step.index % save_every == 0 or last
+            if job.device.type == "cpu" or evaluates or saves or len(late) == LATE:
+                self.log_steps(late, clock)
+                late = []
+            yield step
+            if job.state.eager not in ("", said) and job.device.type == "cuda":
+                said = job.state.eager
+                yield Notice(f"steps are launched kernel by kernel: {said}", loud=True)
+            if evaluates:
                 yield self.evaluate(step)
-            if step.index % save_every == 0 or last or progress.stopped:
+            if saves or progress.stopped:
                 remembered = asdict(progress)
                 save_checkpoint(self.output, job.model, job.tokenizer, job.state, remembered)
                 prune(self.output, self.run.save_total_limit)
             if progress.stopped:
                 return
-            clock = time.perf_counter()
+            clock = clock if late else time.perf_counter()
+
+    def log_steps(self, steps: list[Step], since: float) -> None:
+        """A line for each of the steps launched `since` then; waits for the last of them."""
+        steps[-1].loss  # noqa: B018
+        rate = sum(step.tokens for step in steps) / (time.perf_counter() - since)
+        for step in steps:
+            self.progress.loss_sum += step.loss
+            self.progress.seconds += step.tokens / rate
+            facts = {n: getattr(step, n) for n in ("epoch", "loss", "grad_norm", "learning_rate")}
+            self.log(
+                {"step": step.index, **facts, "tokens": step.tokens, "tokens_per_second": rate}
+            )
 
     def finish(self) -> Finished:
         """The best model's numbers, on the test rows too."""
