@@ -46,3 +46,213 @@ A row that was not timed has only the keys up to `batch`, `trusted` false and wh
 --learning there are rows of bench "learning" as well: workload, peer, seeds, steps, window, loss
 (means over windows of steps, each a list over the seeds), inside, passed.
 """
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from bench import floors, learning, trainers
+from bench.ceilings import NOMINAL, Ceilings, measure_ceilings
+from bench.measure import ROOT, append, fingerprint, one_line
+from bench.peers import PEERS, Job, Peer, Unavailable, import_transformers
+from bench.rounds import MIB, Course, Plan, run_peers, timed_facts
+from bench.workloads import TINY, WORKLOADS, Data, Workload, train_config, write_model
+
+RESULTS = ROOT / "bench" / "results" / "finetune_gpu.jsonl"
+LEARNING_STEPS = 200
+DEFAULT = "transformers"  # the peer that ratio_to_default_peer is of
+
+
+@dataclass(frozen=True)
+class Session:
+    """What is the same for all workloads of a run."""
+
+    device: torch.device
+    dtype: str
+    seed: int
+    kinds: list[type[Peer]]
+    ceilings: Ceilings
+    out: Path | None
+
+    def write(self, row: dict) -> None:
+        """Appends a row to --out, where there is one."""
+        if self.out:
+            append(self.out, row)
+
+
+def run_workload(workload: Workload, session: Session, plan: Plan) -> list[dict]:
+    """The rows of all peers, written as well."""
+    device = session.device
+    with tempfile.TemporaryDirectory() as folder:
+        plain, fixed = write_model(workload.model, Path(folder), session.seed)
+        data = Data.make(workload, plan.total, session.seed)
+        config = train_config(plan.total, session.seed, session.dtype)
+        checks = check(session.kinds, Job(fixed, data, config, device))
+        job = Job(plain, data, config, device)
+        courses, canaries = run_peers(session.kinds, job, plan)
+    rows = [peer_row(course, workload, job, session, plan, canaries) for course in courses]
+    for row in rows:
+        if row["status"] == "timed":
+            row["check"] = checks.get(row["peer"])
+            add_doubts(row, checks)
+    add_ratios(rows)
+    facts = fingerprint(device) | {"transformers": transformers_version()}
+    rows = [{**row, "seed": session.seed, **facts} for row in rows]
+    for row in rows:
+        session.write(row)
+    return rows
+
+
+def check(kinds: Sequence[type[Peer]], job: Job) -> dict[str, dict]:
+    """What `learning.check_peers` finds; without transformers, nothing."""
+    try:
+        return learning.check_peers(kinds, job)
+    except Exception as error:  # the rows say that nothing was checked
+        print(f"  not checked: {one_line(error)}", flush=True)
+        return {}
+
+
+def peer_row(
+    course: Course, workload: Workload, job: Job, session: Session, plan: Plan, canaries
+) -> dict:
+    """A line of the results, all but ratios, checks and what it ran on."""
+    row = {
+        "bench": "finetune",
+        "workload": workload.name,
+        "model": workload.model,
+        "data": workload.data,
+        "peer": course.name,
+        "status": course.status,
+        "reason": course.reason,
+        "note": course.kind.note,
+        "comparable": course.kind.comparable,
+        "device": session.device.type,
+        "dtype": session.dtype,
+        "states": course.kind.states,
+        "batch": workload.batch,
+        "trusted": False,
+    }
+    if course.status != "timed":
+        return row
+    facts = timed_facts(course, job, canaries, plan)
+    cuda = session.device.type == "cuda"
+    return row | {
+        **facts,
+        "warm_up_steps": plan.warm_up,
+        "prepare_seconds": course.prepare_seconds,
+        "peak_allocated_mib": course.allocated / MIB if cuda else None,
+        "peak_reserved_mib": course.reserved / MIB if cuda else None,
+        **speed_facts(workload, job, facts, session.ceilings, plan),
+        "kernels": None,
+        "sm_mhz": course.sm_mhz,
+        "watts": course.watts,
+        "first_loss": course.first_loss,
+        "last_loss": course.last_loss,
+    }
+
+
+def speed_facts(
+    workload: Workload, job: Job, facts: dict, ceilings: Ceilings, plan: Plan
+) -> dict:
+    """How near a peer comes to what the machine can do; an H200's floor without a GPU of ours."""
+    sizes = floors.Sizes.of(workload.model)
+    steps = [plan.first(b) + k for b in range(facts["blocks"]) for k in range(plan.steps)]
+    nominal = ceilings.nominal_matmul or NOMINAL["H200"][1]
+    cuda = job.device.type == "cuda"
+    machine = floors.measured(ceilings.matmul, ceilings.copy) if cuda else floors.H200
+    floor = floors.mean_floor(sizes, [job.data.lengths(k) for k in steps], machine)
+    flops = floor.model_flops / floor_tokens(job, steps) * facts["tokens_per_second"]
+    return {
+        "model_tflop": floor.model_flops / 1e12,
+        "mfu_nominal": flops / nominal,
+        "nominal_tflops": nominal / 1e12,
+        "mfu_measured": flops / ceilings.matmul if ceilings.matmul else None,
+        "measured_tflops": ceilings.matmul / 1e12 if ceilings.matmul else None,
+        "floor_ms": floor.floor,
+        "target_ms": floor.target,
+        "of_floor": floor.floor / facts["p50"],
+        "of_target": floor.target / facts["p50"],
+    }
+
+
+def floor_tokens(job: Job, steps: list[int]) -> float:
+    """Real tokens of a step, the mean."""
+    return sum(sum(job.data.lengths(k)) for k in steps) / len(steps)
+
+
+def add_doubts(row: dict, checks: dict[str, dict]) -> None:
+    """What else speaks against a timed row; whether it is trusted."""
+    doubts = row["doubts"]
+    for name in ("first_loss", "last_loss"):
+        if not (row[name] is not None and abs(row[name]) < float("inf")):  # NaN compares false
+            doubts.append(f"{name} is no finite number")
+            row[name] = None
+    found = checks.get(row["peer"])
+    if found and not found["passed"]:
+        doubts.append("learns other than transformers: see check")
+    if row["peer"] == "minift" and not found:
+        doubts.append("was not checked beside transformers")
+    row["trusted"] = not doubts
+
+
+def add_ratios(rows: list[dict]) -> None:
+    """Ours beside the best comparable peer, and beside the default one."""
+    timed = {row["peer"]: row for row in rows if row["status"] == "timed"}
+    mine = timed.get("minift")
+    if mine is None:
+        return
+    rate = "tokens_per_second"
+    others = [r for n, r in timed.items() if not n.startswith("minift") and r["comparable"]]
+    best = max(others, key=lambda row: row[rate], default=None)
+    default = timed.get(DEFAULT)
+    mine["best_peer"] = best and best["peer"]
+    mine["ratio_to_best_peer"] = best and mine[rate] / best[rate]
+    mine["ratio_to_default_peer"] = default and mine[rate] / default[rate]
+
+
+def transformers_version() -> str | None:
+    """Of what the peers import."""
+    try:
+        return import_transformers().__version__
+    except Unavailable:
+        return None
+
+
+def learn_rows(workload: Workload, session: Session, seeds: Sequence[int], steps: int) -> list:
+    """One row a peer: its loss over the seeds, and whether it lies in the band of the others."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def make_job(seed: int) -> Job:
+            plain, _ = write_model(workload.model, Path(folder) / str(seed), seed)
+            config = train_config(steps, seed, session.dtype, learning_rate=1e-4)
+            return Job(plain, Data.make(workload, steps, seed), config, session.device)
+
+        curves, reasons = learning.learn(session.kinds, make_job, seeds)
+    for name, reason in reasons.items():
+        print(f"  {name} did not learn: {reason}", flush=True)
+    judged = learning.judge(curves)
+    rows = [
+        {
+            "bench": "learning",
+            "workload": workload.name,
+            "peer": name,
+            "seeds": list(seeds),
+            "steps": steps,
+            "window": learning.WINDOW,
+            "loss": [list(point) for point in zip(*curve, strict=True)],
+            **judged.get(name, {"inside": None, "passed": None}),
+            **fingerprint(session.device),
+        }
+        for name, curve in curves.items()
+    ]
+    for row in rows:
+        session.write(row)
+    return rows

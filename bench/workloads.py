@@ -121,19 +121,19 @@ class Data:
     """Examples in the order in which every peer sees them: that of minift's `Batches`."""
 
     batches: Batches
+    order: list[int]  # of the only epoch
     longest: int  # tokens of the longest text of the workload
 
     @staticmethod
     def make(workload: Workload, steps: int, seed: int) -> "Data":
         """One epoch of `steps` steps."""
-        examples = make_examples(workload, steps, seed)
-        return Data(Batches(examples, workload.batch, seed=seed), workload.longest)
+        batches = Batches(make_examples(workload, steps, seed), workload.batch, seed=seed)
+        return Data(batches, batches.order(0).tolist(), workload.longest)
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the examples of a step, from 0."""
-        epoch, k = divmod(step, len(self.batches))
         size = self.batches.batch_size
-        return self.batches.order(epoch)[k * size : (k + 1) * size].tolist()
+        return self.order[step * size : (step + 1) * size]
 
     def examples(self, step: int) -> list[Example]:
         """The examples of a step."""
