@@ -7,6 +7,8 @@ Measured in the same run as the kernels, and what their floors are computed from
 
 import argparse
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import torch
@@ -88,6 +90,37 @@ def measure_ceilings(device: torch.device, quick: bool = False, matmul: bool = T
         if cuda and name in torch.cuda.get_device_name(device):
             found = replace(found, nominal_copy=copy, nominal_matmul=flops)
     return found
+
+
+def measure_matmuls(
+    shapes: Sequence[tuple[int, int, int, int]], device: torch.device, rounds: int = 5
+) -> float:
+    """Milliseconds of these matmuls in bf16, back to back: the best of some rounds.
+
+    Args:
+        shapes: (count, M, N, K) of each.
+    """
+    made = [
+        (count, torch.randn(M, K, device=device).bfloat16(), torch.randn(K, N, device=device))
+        for count, M, N, K in shapes
+    ]
+    made = [(count, a, b.bfloat16()) for count, a, b in made]
+    times = []
+    for _ in range(rounds + 1):  # the first is warm-up
+        synchronise(device)
+        start = time.perf_counter()
+        for count, a, b in made:
+            for _ in range(count):
+                a @ b
+        synchronise(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return min(times[1:])
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def measure_launch(device: torch.device) -> Timing:

@@ -29,9 +29,10 @@ Each workload and peer is one JSON line of --out (default bench/results/finetune
     warm_up_steps, prepare_seconds  untimed steps; seconds of all compiling, capturing, warming up
     peak_allocated_mib, peak_reserved_mib    beyond what lay there before the peer was made
     model_tflop                     a step's, on real tokens, backward twice forward
-    mfu_nominal, nominal_tflops     of the datasheet's 989
+    mfu_nominal, nominal_tflops     of the datasheet's 989; null on other machines than an H200
     mfu_measured, measured_tflops   of the matmul measured in this run
-    floor_ms, target_ms             bench.floors, of the same lengths without padding
+    floor_ms, target_ms             bench.floors, of the same lengths, packed; null likewise
+    floor_measured_ms               likewise, with the matmul and the copy measured in this run
     of_floor, of_target             floor_ms / p50, target_ms / p50
     kernels                         launched or replayed in a step; null: not counted
     sm_mhz, watts                   while this peer was warming up; null: nothing told
@@ -49,25 +50,30 @@ A row that was not timed has only the keys up to `batch`, `trusted` false and wh
 
 import argparse
 import json
+import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from bench import floors, learning, trainers
-from bench.ceilings import NOMINAL, Ceilings, measure_ceilings
+from bench.ceilings import Ceilings, measure_ceilings
 from bench.measure import ROOT, append, fingerprint, one_line
 from bench.peers import PEERS, Job, Peer, Unavailable, import_transformers
 from bench.rounds import MIB, Course, Plan, run_peers, timed_facts
 from bench.workloads import TINY, WORKLOADS, Data, Workload, train_config, write_model
 
 RESULTS = ROOT / "bench" / "results" / "finetune_gpu.jsonl"
-LEARNING_STEPS = 200
+SHORTEST = 40.0  # seconds: in less no workload is begun, but the first
+FIRST_SHARE = 0.45  # of the time that is left, for the workload that is next
+LEARNING_WORKLOADS = 2  # the first ones
+SUMMARY = ("tokens_per_second", "p50", "of_target", "best_peer", "ratio_to_best_peer",
+           "ratio_to_default_peer", "trusted")  # fmt: skip
+FLOORS = ("floor_ms", "target_ms", "floor_measured_ms", "of_floor", "of_target")
 DEFAULT = "transformers"  # the peer that ratio_to_default_peer is of
 
 
@@ -88,8 +94,14 @@ class Session:
             append(self.out, row)
 
 
-def run_workload(workload: Workload, session: Session, plan: Plan) -> list[dict]:
-    """The rows of all peers, written as well."""
+def run_workload(
+    workload: Workload, session: Session, plan: Plan, learned: dict[str, dict]
+) -> list[dict]:
+    """The rows of all peers, written as well.
+
+    Args:
+        learned: what `learn_rows` found of them.
+    """
     device = session.device
     with tempfile.TemporaryDirectory() as folder:
         plain, fixed = write_model(workload.model, Path(folder), session.seed)
@@ -101,8 +113,8 @@ def run_workload(workload: Workload, session: Session, plan: Plan) -> list[dict]
     rows = [peer_row(course, workload, job, session, plan, canaries) for course in courses]
     for row in rows:
         if row["status"] == "timed":
-            row["check"] = checks.get(row["peer"])
-            add_doubts(row, checks)
+            row["check"], row["learning"] = (d.get(row["peer"]) for d in (checks, learned))
+            add_doubts(row)
     add_ratios(rows)
     facts = fingerprint(device) | {"transformers": transformers_version()}
     rows = [{**row, "seed": session.seed, **facts} for row in rows]
@@ -159,46 +171,41 @@ def peer_row(
     }
 
 
-def speed_facts(
-    workload: Workload, job: Job, facts: dict, ceilings: Ceilings, plan: Plan
-) -> dict:
-    """How near a peer comes to what the machine can do; an H200's floor without a GPU of ours."""
+def speed_facts(workload: Workload, job: Job, facts: dict, ceilings: Ceilings, plan: Plan) -> dict:
+    """How near a peer comes to what the machine can do. Floors are an H200's: null elsewhere."""
     sizes = floors.Sizes.of(workload.model)
-    steps = [plan.first(b) + k for b in range(facts["blocks"]) for k in range(plan.steps)]
-    nominal = ceilings.nominal_matmul or NOMINAL["H200"][1]
-    cuda = job.device.type == "cuda"
-    machine = floors.measured(ceilings.matmul, ceilings.copy) if cuda else floors.H200
-    floor = floors.mean_floor(sizes, [job.data.lengths(k) for k in steps], machine)
-    flops = floor.model_flops / floor_tokens(job, steps) * facts["tokens_per_second"]
-    return {
+    numbers = [plan.first(b) + k for b in range(facts["blocks"]) for k in range(plan.steps)]
+    lengths = [job.data.lengths(k) for k in numbers]
+    floor = floors.mean_floor(sizes, lengths)
+    tokens = sum(map(sum, lengths)) / len(lengths)
+    flops = floor.model_flops / tokens * facts["tokens_per_second"]
+    nominal, matmul = ceilings.nominal_matmul, ceilings.matmul
+    found = {
         "model_tflop": floor.model_flops / 1e12,
-        "mfu_nominal": flops / nominal,
-        "nominal_tflops": nominal / 1e12,
-        "mfu_measured": flops / ceilings.matmul if ceilings.matmul else None,
-        "measured_tflops": ceilings.matmul / 1e12 if ceilings.matmul else None,
-        "floor_ms": floor.floor,
-        "target_ms": floor.target,
-        "of_floor": floor.floor / facts["p50"],
-        "of_target": floor.target / facts["p50"],
+        "mfu_nominal": nominal and flops / nominal,
+        "nominal_tflops": nominal and nominal / 1e12,
+        "mfu_measured": matmul and flops / matmul,
+        "measured_tflops": matmul and matmul / 1e12,
     }
+    if nominal is None:  # another machine
+        return found | dict.fromkeys(FLOORS)
+    here = floors.mean_floor(sizes, lengths, floors.measured(matmul, ceilings.copy))
+    shares = floor.floor / facts["p50"], floor.target / facts["p50"]
+    return found | dict(zip(FLOORS, (floor.floor, floor.target, here.floor, *shares), strict=True))
 
 
-def floor_tokens(job: Job, steps: list[int]) -> float:
-    """Real tokens of a step, the mean."""
-    return sum(sum(job.data.lengths(k)) for k in steps) / len(steps)
-
-
-def add_doubts(row: dict, checks: dict[str, dict]) -> None:
+def add_doubts(row: dict) -> None:
     """What else speaks against a timed row; whether it is trusted."""
     doubts = row["doubts"]
     for name in ("first_loss", "last_loss"):
-        if not (row[name] is not None and abs(row[name]) < float("inf")):  # NaN compares false
+        if row[name] is None or not math.isfinite(row[name]):
             doubts.append(f"{name} is no finite number")
             row[name] = None
-    found = checks.get(row["peer"])
-    if found and not found["passed"]:
-        doubts.append("learns other than transformers: see check")
-    if row["peer"] == "minift" and not found:
+    if row["check"] and not row["check"]["passed"]:
+        doubts.append("begins other than transformers: see check")
+    if row["learning"] and not row["learning"]["passed"]:
+        doubts.append("learns other than its peers: see learning")
+    if row["peer"] == "minift" and not row["check"]:
         doubts.append("was not checked beside transformers")
     row["trusted"] = not doubts
 
@@ -226,8 +233,11 @@ def transformers_version() -> str | None:
         return None
 
 
-def learn_rows(workload: Workload, session: Session, seeds: Sequence[int], steps: int) -> list:
-    """One row a peer: its loss over the seeds, and whether it lies in the band of the others."""
+def learn_rows(
+    workload: Workload, session: Session, seeds: Sequence[int], steps: int
+) -> dict[str, dict]:
+    """Writes one row a peer: its loss over the seeds, and whether it lies in the band of the
+    others. That is returned, by the peer's name."""
     with tempfile.TemporaryDirectory() as folder:
 
         def make_job(seed: int) -> Job:
@@ -255,4 +265,95 @@ def learn_rows(workload: Workload, session: Session, seeds: Sequence[int], steps
     ]
     for row in rows:
         session.write(row)
-    return rows
+    return judged
+
+
+def table(rows: list[dict]) -> list[str]:
+    """One line a peer, the fastest first."""
+    lines = [f"  {'peer':<32}{'tokens/s':>12}{'ms':>9}{'of target':>11}{'spread':>8}  doubts"]
+    timed = [row for row in rows if row["status"] == "timed"]
+    for row in sorted(timed, key=lambda row: -row["tokens_per_second"]):
+        target = "-" if row["of_target"] is None else f"{row['of_target']:.1%}"
+        lines.append(
+            f"  {row['peer']:<32}{row['tokens_per_second']:>12,.0f}{row['p50']:>9.3f}"
+            f"{target:>11}{row['spread']:>8.1%}  {'; '.join(row['doubts'])}".rstrip()
+        )
+    return lines
+
+
+def run(args: argparse.Namespace, device: torch.device) -> dict:
+    """All workloads in the time there is, the first with the largest share of it."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    end = time.monotonic() + 60 * args.minutes
+    workloads = [TINY] if args.tiny else chosen(WORKLOADS, args.workload)
+    out = args.out or (None if args.tiny else RESULTS)
+    ceilings = measure_ceilings(device, quick=args.tiny)
+    kinds, dtype = chosen(PEERS, args.peers), args.dtype or "bf16"
+    session = Session(device, dtype, args.seeds[0], kinds, ceilings, out)
+    summary: dict = {}
+    for i, workload in enumerate(workloads):
+        left = end - time.monotonic()
+        if i and left < SHORTEST:
+            print(f"{workload.name}: no time was left", flush=True)
+            continue
+        print(workload.name, flush=True)
+        learned = {}
+        if args.learning and i < LEARNING_WORKLOADS:
+            learned = learn_rows(workload, session, args.seeds, args.learning)
+            left = end - time.monotonic()
+        share = left if i + 1 == len(workloads) else max(left * FIRST_SHARE, SHORTEST)
+        plan = Plan(args.warm_up, args.blocks, args.steps, time.monotonic() + share)
+        rows = run_workload(workload, session, plan, learned)
+        print("\n".join(table(rows)), flush=True)
+        summary[workload.name] = {
+            key: row.get(key) for row in rows if row["peer"] == "minift" for key in SUMMARY
+        }
+    return summary
+
+
+def chosen(known: Sequence, names: Sequence[str]) -> list:
+    """Those with these names, in the order that is known; without names, all.
+
+    Raises:
+        SystemExit: there is none of some name.
+    """
+    if unknown := set(names) - {one.name for one in known}:
+        choice = ", ".join(repr(one.name) for one in known)
+        raise SystemExit(f"expected {choice}, got {', '.join(map(repr, sorted(unknown)))}")
+    return [one for one in known if not names or one.name in names]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = trainers.make_parser(__doc__)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, help="file of results")
+    cpu = parser.add_argument_group("beside transformers' Trainer, on a CPU")
+    names = list(trainers.TRAINERS)
+    cpu.add_argument("--trainers", nargs="+", choices=names, default=names)
+    side = parser.add_argument_group("side by side, on a GPU or with --tiny")
+    side.add_argument("--tiny", action="store_true", help="a small model, on any device")
+    side.add_argument("--minutes", type=float, default=60.0, help="for all workloads")
+    side.add_argument("--workload", nargs="+", default=[], help="names; default: all")
+    side.add_argument("--peers", nargs="+", default=[], help="names; default: all")
+    side.add_argument("--blocks", type=int, default=5)
+    side.add_argument("--steps", type=int, default=30, help="in a block")
+    side.add_argument("--warm-up", type=int, default=40, help="untimed steps before all blocks")
+    side.add_argument("--learning", type=int, nargs="?", const=200, default=0, metavar="STEPS",
+                      help="whether all learn alike, over --seeds")  # fmt: skip
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(found if args.device == "auto" else args.device)
+    if device.type == "cuda" and found == "cpu":
+        raise SystemExit("expected a GPU, found none: --device cpu, or --tiny")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    side_by_side = args.tiny or device.type == "cuda"
+    print(json.dumps(run(args, device) if side_by_side else trainers.run(args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -79,7 +79,11 @@ class Sizes:
         if model in GPTS:
             layers, width, heads = GPTS[model]
             return Sizes(layers, width, heads, 4 * width, 50257, 1024, causal=True)
-        raw = MODELS[model]
+        return Sizes.read(MODELS[model])
+
+    @staticmethod
+    def read(raw: dict) -> "Sizes":
+        """Of a BERT's config.json."""
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         names += ("vocab_size", "max_position_embeddings")
         return Sizes(*(raw[name] for name in names))
@@ -370,9 +374,7 @@ def detail_lines(wanted: str) -> list[str]:
     lines = [f"{'kernel':<36}{'count':>6}{'GFLOP':>10}{'MB':>9}{'FLOOR us':>10}{'TARGET us':>11}"]
     for k in step_kernels(Sizes.of(model), work):
         times = f"{1e6 * k.floor(H200):>10.2f}{1e6 * k.target(H200):>11.2f}"
-        lines.append(
-            f"{k.name:<36}{k.count:>6}{k.flops / 1e9:>10.2f}{k.bytes / 1e6:>9.2f}{times}"
-        )
+        lines.append(f"{k.name:<36}{k.count:>6}{k.flops / 1e9:>10.2f}{k.bytes / 1e6:>9.2f}{times}")
     return lines
 
 

@@ -34,8 +34,8 @@ class Start:
 
 def start_of(kind: type[Peer], job: Job) -> Start:
     """The first gradient, and the losses of the first steps."""
-    named = kind(job).gradients(0)
     peer = kind(job)
+    named = peer.gradients(0)
     losses = []
     for k in range(CHECK_STEPS):
         peer.step(k)

@@ -3,7 +3,7 @@
     python -m bench.methods --data DIR --seeds 0 1 2
 
 Each run is a process of its own, in turn (full, partial, ..., full, ...), with the settings of
-`bench.finetune` and the flags below. A method with few parameters needs a higher rate; adaptive
+`bench.trainers` and the flags below. A method with few parameters needs a higher rate; adaptive
 rates fall from the head down, around the rate of full. Each run is appended to
 bench/results/methods.jsonl; the last line printed is JSON: means over the seeds.
 """
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import minift
-from bench.finetune import (
-    ROOT,
+from bench.measure import ROOT
+from bench.trainers import (
     append,
     find_files,
     last_json,

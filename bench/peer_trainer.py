@@ -2,7 +2,7 @@
 
 `python -m bench.peer_trainer --model DIR --data DIR --seed 0 --dtype bf16 --order grouped`
 prints one JSON object: accuracy on the development rows, real tokens/s, peak resident memory.
-`bench.finetune` writes the data: train.jsonl and dev.jsonl with text and the label's number.
+`bench.trainers` writes the data: train.jsonl and dev.jsonl with text and the label's number.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def encode(rows: list[dict], tokenizer) -> list[dict]:
 
 
 def make_trainer(args: argparse.Namespace, model, tokenizer, train: list[dict], folder: str):
-    """The Trainer with the settings of `bench.finetune`."""
+    """The Trainer with the settings of `bench.trainers`."""
     import torch
     import transformers
 

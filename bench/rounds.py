@@ -11,9 +11,11 @@ import gc
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -71,7 +73,7 @@ class CpuClock:
     def take(self) -> list[float]:
         """Milliseconds between the marks; forgets them."""
         marks, self.marks = self.marks, []
-        return [1e3 * (b - a) for a, b in zip(marks, marks[1:], strict=False)]
+        return [1e3 * (b - a) for a, b in pairwise(marks)]
 
     def canary(self) -> float:
         return self.timer.canary()
@@ -95,7 +97,7 @@ class CudaClock:
     def take(self) -> list[float]:
         """Milliseconds between the marks, after `wait`; forgets them."""
         marks, self.marks = self.marks, []
-        return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        return [a.elapsed_time(b) for a, b in pairwise(marks)]
 
     def canary(self) -> float:
         """The best of three products."""
@@ -235,6 +237,8 @@ def run_peers(
     canaries = run_rounds(courses, plan, clock)
     for course in courses:
         course.peer = None
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # forgets the models it compiled
     return courses, canaries
 
 

