@@ -7,12 +7,13 @@
     smoke       every operation at a small shape: whether it runs and is right
     tests       the tests of the kernels, on the GPU
     kernels     every operation at the shapes that are trained, beside its peers and its floor
+    finetune    fine-tuning side by side, the most important models and texts first
     tune        tiles of the attention kernels, in the time that the others have left
-    finetune    fine-tuning beside transformers' Trainer
 
 Each part is a process with a time limit and a log; one that fails or hangs does not stop the
 others. What a part leaves of its time goes to those after it. DIR/gpu.jsonl has a line for each
-part as soon as it ends; DIR/kernels.jsonl one for each contender, DIR/tune.jsonl for each tile.
+part as soon as it ends; DIR/kernels.jsonl one for each contender, DIR/finetune.jsonl for each peer,
+DIR/tune.jsonl for each tile.
 torch, triton, numpy, pytest, hypothesis and what `import minift` takes must be there; minift need
 not be installed. Exit status 1: a part failed.
 """
@@ -28,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -35,15 +37,16 @@ import torch
 from bench.measure import ROOT, append
 
 SHARES = {  # of the time, where every part takes all of its own
-    "compile": 0.2,
-    "ceilings": 0.1,
-    "smoke": 0.15,
-    "tests": 0.2,
-    "kernels": 0.35,
+    "compile": 0.15,
+    "ceilings": 0.05,
+    "smoke": 0.12,
+    "tests": 0.13,
+    "kernels": 0.3,
+    "finetune": 0.23,
     "tune": 0.02,  # when it begins, all that is left is its own
-    "finetune": 0.0,
 }
 TUNE_SECONDS = 45.0  # in less nothing is found
+TINY = ("--blocks", "2", "--steps", "3", "--warm-up", "2", "--peers", "minift", "transformers")
 LINES, WIDTH = 9, 100  # of the log of a part that failed
 ALL_LINES = 27  # where many failed, each has fewer
 HEADER = ("part", "status", "seconds", "log", "its last line")
@@ -89,6 +92,8 @@ def parts(
     compile_all = [*python, "bench.codegen", "--json", "--jobs", str(os.cpu_count())]
     chosen = ["--op", *ops] if ops else []
     kernels = [*python, "bench.kernels", "--device", device, *chosen]
+    small = ["--tiny", *TINY] if device == "cpu" else []
+    finetune = [*python, "bench.finetune", "--device", device, *small]
     tiny = ["--shape", "20x1x16"] if device == "cpu" else []
     tune = [*python, "bench.tune", "attention", "--device", device, *tiny]
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else plain
@@ -109,9 +114,15 @@ def parts(
         "smoke": Part([*kernels, "--quick", "--out", str(out / "smoke.jsonl")], plain),
         "tests": Part([*tests, *test_files()], {"PYTHONPATH": path}),
         "kernels": Part([*kernels, *quick, *in_time("kernels")], plain),
+        "finetune": Part([*finetune, *in_time("finetune")], plain, missing_for_finetune()),
         "tune": Part([*tune, *in_time("tune")], interpreted, no_time),
-        "finetune": Part([], plain, "no model and no rows are carried to this machine"),
     }
+
+
+def missing_for_finetune() -> str:
+    """What the peers need and this Python lacks; nothing if it is there."""
+    lacking = [name for name in ("transformers", "safetensors") if not find_spec(name)]
+    return f"there is no {' and no '.join(lacking)}" if lacking else ""
 
 
 def test_files() -> list[str]:
@@ -228,12 +239,33 @@ def kernel_line(case: tuple, rows: list[dict]) -> str:
     return f"{title:<64}{mine['p50']:>9.4f}{peer_ms:>9}{ratio:>7}  {note}"
 
 
+def finetune_lines(file: Path) -> list[str]:
+    """One line a workload: ours beside the best peer and the target."""
+    if not file.exists():
+        return []
+    rows = map(json.loads, file.read_text("utf-8").splitlines())
+    timed = [row for row in rows if row["bench"] == "finetune" and row["status"] == "timed"]
+    lines = [
+        f"{'fine-tuning, real tokens/s':<40}{'ours':>12}{'ratio':>7}{'of target':>11}  best peer"
+    ]
+    for row in timed:
+        if row["peer"] != "minift":
+            continue
+        ratio, target = row["ratio_to_best_peer"], row["of_target"]
+        ratio = "-" if ratio is None else f"{ratio:.2f}"
+        target = "-" if target is None else f"{target:.0%}"
+        notes = "; ".join([row["best_peer"] or "none", *row["doubts"]])
+        rate = f"{row['tokens_per_second']:,.0f}"
+        lines.append(f"{row['workload']:<40}{rate:>12}{ratio:>7}{target:>11}  {notes}"[:150])
+    return lines
+
+
 def report(results: list[Result], out: Path) -> str:
-    """The kernels, the parts, and the ends of the logs of those that failed."""
+    """The kernels, the fine-tuning, the parts, and the ends of the logs of those that failed."""
     rows = [HEADER]
     rows += [(r.part, r.status, f"{r.seconds:.0f}", r.log, r.last[:70]) for r in results]
     widths = [max(len(row[i]) for row in rows) for i in range(len(HEADER) - 1)]
-    lines = [*kernel_lines(out / "kernels.jsonl"), ""]
+    lines = [*kernel_lines(out / "kernels.jsonl"), *finetune_lines(out / "finetune.jsonl"), ""]
     for *cells, last in rows:
         lines.append("  ".join([*map(str.ljust, cells, widths), last]).rstrip())
     bad = [r for r in results if r.status in ("failed", "timed out")]
@@ -270,7 +302,7 @@ def main() -> None:
         os.environ["BENCH_COMMIT"] = args.commit
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("gpu", "smoke", "kernels", "tune"):
+    for name in ("gpu", "smoke", "kernels", "finetune", "tune"):
         (out / f"{name}.jsonl").unlink(missing_ok=True)  # of an earlier run
     results = run_parts(names, args.device, out, 60 * args.minutes, args.op)
     print(report(results, out))

@@ -65,7 +65,7 @@ def test_time_that_a_part_leaves_goes_to_those_after_it():
     later = share_out(["tests", "kernels"], 500)
     assert later["tests"] > everything["tests"]
     assert later["tests"] + later["kernels"] == pytest.approx(500)
-    assert share_out(["finetune"], 500)["finetune"] == 0.0
+    assert share_out([], 500)["finetune"] == 0.0
 
 
 def test_interpreted_kernels_are_not_run_by_accident(tmp_path, monkeypatch):
@@ -178,6 +178,28 @@ def test_the_report_has_ours_beside_the_best_peer(tmp_path):
     assert fourth.endswith("none; 351 TFLOP/s, target met")
 
 
+def test_the_report_has_every_model_beside_its_best_peer(tmp_path):
+    """Those of another bench, those without a time and the peers' own have no line."""
+    mine = {"bench": "finetune", "status": "timed", "peer": "minift", "workload": "BERT-base SST-2",
+            "tokens_per_second": 345678.9, "best_peer": "torch unpadded", "doubts": [],
+            "ratio_to_best_peer": 2.345, "of_target": 0.91}  # fmt: skip
+    doubtful = {"workload": "tiny short", "ratio_to_best_peer": None, "best_peer": None,
+                "of_target": None, "doubts": ["3 blocks", "clocks differ by 4.0%"]}  # fmt: skip
+    others = [{"peer": "transformers"}, {"status": "failed"}, {"bench": "learning"}]
+    rows = [mine, *({**mine, **other} for other in others), mine | doubtful]
+    (tmp_path / "finetune.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    head, first, second, *_ = report([], tmp_path).split("\n")
+    assert head.startswith("fine-tuning")
+    assert first.split() == "BERT-base SST-2 345,679 2.35 91% torch unpadded".split()
+    assert second.split() == "tiny short 345,679 - - none; 3 blocks; clocks differ by 4.0%".split()
+
+
+def test_finetuning_is_left_out_where_transformers_is_not(tmp_path, monkeypatch):
+    assert commands(tmp_path)["finetune"].skipped == ""
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name != "transformers")
+    assert commands(tmp_path)["finetune"].skipped == "there is no transformers"
+
+
 def run_main(monkeypatch, *flags) -> int | str:
     monkeypatch.setattr(sys, "argv", ["gpu", *flags])
     with pytest.raises(SystemExit) as caught:
@@ -206,5 +228,5 @@ def test_exit_status_says_whether_all_went_well(monkeypatch, capsys, tmp_path):
 def test_an_unknown_part_is_refused(monkeypatch):
     message = run_main(monkeypatch, "--parts", "smoke,all")
     assert message == (
-        "expected --parts of compile,ceilings,smoke,tests,kernels,tune,finetune, got all"
+        "expected --parts of compile,ceilings,smoke,tests,kernels,finetune,tune, got all"
     )
