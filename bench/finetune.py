@@ -106,7 +106,7 @@ def run_workload(
     with tempfile.TemporaryDirectory() as folder:
         plain, fixed = write_model(workload.model, Path(folder), session.seed)
         data = Data.make(workload, plan.total, session.seed)
-        config = train_config(plan.total, session.seed, session.dtype)
+        config = train_config(workload, plan.total, session.seed, session.dtype)
         checks = check(session.kinds, Job(fixed, data, config, device))
         job = Job(plain, data, config, device)
         courses, canaries = run_peers(session.kinds, job, plan)
@@ -242,7 +242,7 @@ def learn_rows(
 
         def make_job(seed: int) -> Job:
             plain, _ = write_model(workload.model, Path(folder) / str(seed), seed)
-            config = train_config(steps, seed, session.dtype, learning_rate=1e-4)
+            config = train_config(workload, steps, seed, session.dtype)
             return Job(plain, Data.make(workload, steps, seed), config, session.device)
 
         curves, reasons = learning.learn(session.kinds, make_job, seeds)

@@ -48,7 +48,8 @@ def compare(start: Start, reference: Start, dtype: str) -> dict:
     these will do."""
     pairs = zip(start.losses, reference.losses, strict=True)
     difference = max(abs(a - b) / abs(b) for a, b in pairs)
-    cosine = F.cosine_similarity(start.gradient, reference.gradient, dim=0).item()
+    mine, theirs = start.gradient.double(), reference.gradient.double()
+    cosine = F.cosine_similarity(mine, theirs, dim=0).item()
     most, least = LIMITS[dtype]
     passed = difference <= most and cosine >= least  # NaN compares false
     return {"dtype": dtype, "loss_difference": difference, "cosine": cosine, "passed": passed}

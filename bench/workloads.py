@@ -6,6 +6,7 @@ words. All of it is a function of the seed.
 """
 
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +55,7 @@ LENGTHS = {  # tokens, [CLS] and [SEP] among them: mean, standard deviation, lea
     "full 384": (384, 0, 384, 384),
     "short": (10, 4, 4, 24),
 }
+RATES = {"tiny": 1e-3}  # at which a model learns in some hundred steps
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Workload:
     @property
     def name(self) -> str:
         return f"{self.model} {self.data}"
+
+    @property
+    def learning_rate(self) -> float:
+        """At the peak."""
+        return RATES.get(self.model, 5e-5)
 
     @property
     def longest(self) -> int:
@@ -111,8 +118,8 @@ def make_examples(workload: Workload, steps: int, seed: int) -> list[Example]:
         more = 2 * int((mine & told).sum()) - int(told.sum())
         if more <= 0:  # the other set has as many words: give all of them to the label's
             words[told & ~mine] += SET * (2 * label - 1)
-        tokens = [CLS, *words.tolist(), SEP]
-        examples.append(Example(tokens, [0] * length, label))
+        tokens = array("i", [CLS, *words.tolist(), SEP])  # as a task's `encode` makes them
+        examples.append(Example(tokens, array("b", bytes(length)), label))
     return examples
 
 
@@ -144,11 +151,19 @@ class Data:
         return [len(example.tokens) for example in self.examples(step)]
 
 
-def train_config(steps: int, seed: int, dtype: str = "bf16", **others) -> TrainConfig:
+def train_config(workload: Workload, steps: int, seed: int, dtype: str = "bf16") -> TrainConfig:
     """The settings of every peer: clipping at 1, a linear schedule, decay of matrices."""
-    settings = dict(learning_rate=5e-5, warmup_steps=20, weight_decay=0.01, max_grad_norm=1.0)
-    settings |= dict(max_steps=steps, seed=seed, dtype=dtype, lr_scheduler_type="linear")
-    return TrainConfig(**(settings | others))
+    return TrainConfig(
+        learning_rate=workload.learning_rate,
+        per_device_train_batch_size=workload.batch,
+        max_steps=steps,
+        warmup_steps=20,
+        lr_scheduler_type="linear",
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        seed=seed,
+        dtype=dtype,
+    )
 
 
 def write_model(model: str, folder: Path, seed: int) -> tuple[Path, Path]:
