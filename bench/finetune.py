@@ -64,7 +64,7 @@ from bench import floors, learning, trainers
 from bench.ceilings import Ceilings, measure_ceilings
 from bench.measure import ROOT, append, fingerprint, one_line
 from bench.peers import PEERS, Job, Peer, Unavailable, import_transformers
-from bench.rounds import MIB, Course, Plan, run_peers, timed_facts
+from bench.rounds import MIB, Course, Plan, counted, numbers, run_peers, timed_facts
 from bench.workloads import TINY, WORKLOADS, Data, Workload, train_config, write_model
 
 RESULTS = ROOT / "bench" / "results" / "finetune_gpu.jsonl"
@@ -154,7 +154,8 @@ def peer_row(
     }
     if course.status != "timed":
         return row
-    facts = timed_facts(course, job, canaries, plan)
+    facts = timed_facts(course, job, canaries)
+    steps = [job.data.lengths(k) for block in counted(course, canaries) for k in numbers(block)]
     cuda = session.device.type == "cuda"
     return row | {
         **facts,
@@ -162,7 +163,7 @@ def peer_row(
         "prepare_seconds": course.prepare_seconds,
         "peak_allocated_mib": course.allocated / MIB if cuda else None,
         "peak_reserved_mib": course.reserved / MIB if cuda else None,
-        **speed_facts(workload, job, facts, session.ceilings, plan),
+        **speed_facts(workload, steps, facts, session.ceilings),
         "kernels": None,
         "sm_mhz": course.sm_mhz,
         "watts": course.watts,
@@ -171,14 +172,18 @@ def peer_row(
     }
 
 
-def speed_facts(workload: Workload, job: Job, facts: dict, ceilings: Ceilings, plan: Plan) -> dict:
-    """How near a peer comes to what the machine can do. Floors are an H200's: null elsewhere."""
+def speed_facts(
+    workload: Workload, steps: list[list[int]], facts: dict, ceilings: Ceilings
+) -> dict:
+    """How near a peer comes to what the machine can do. Floors are an H200's: null elsewhere.
+
+    Args:
+        steps: the lengths of each step that counts.
+        facts: of `timed_facts`.
+    """
     sizes = floors.Sizes.of(workload.model)
-    numbers = [plan.first(b) + k for b in range(facts["blocks"]) for k in range(plan.steps)]
-    lengths = [job.data.lengths(k) for k in numbers]
-    floor = floors.mean_floor(sizes, lengths)
-    tokens = sum(map(sum, lengths)) / len(lengths)
-    flops = floor.model_flops / tokens * facts["tokens_per_second"]
+    floor = floors.mean_floor(sizes, steps)
+    flops = floor.model_flops / facts["tokens_per_step"] * facts["tokens_per_second"]
     nominal, matmul = ceilings.nominal_matmul, ceilings.matmul
     found = {
         "model_tflop": floor.model_flops / 1e12,
@@ -189,7 +194,7 @@ def speed_facts(workload: Workload, job: Job, facts: dict, ceilings: Ceilings, p
     }
     if nominal is None:  # another machine
         return found | dict.fromkeys(FLOORS)
-    here = floors.mean_floor(sizes, lengths, floors.measured(matmul, ceilings.copy))
+    here = floors.mean_floor(sizes, steps, floors.measured(matmul, ceilings.copy))
     shares = floor.floor / facts["p50"], floor.target / facts["p50"]
     return found | dict(zip(FLOORS, (floor.floor, floor.target, here.floor, *shares), strict=True))
 

@@ -194,6 +194,15 @@ def run_block(peer: Peer, first: int, steps: int, clock) -> tuple[list[float], f
 def run_rounds(courses: list[Course], plan: Plan, clock) -> list[float]:
     """Times the blocks of all peers in turn; the canaries. Rounds end early at the deadline, after
     the second."""
+    gc.collect()
+    gc.freeze()  # collecting before each block is quick then
+    try:
+        return _run_rounds(courses, plan, clock)
+    finally:
+        gc.unfreeze()
+
+
+def _run_rounds(courses, plan, clock):
     canaries = [clock.canary()]
     for b in range(plan.blocks):
         if b >= 2 and time.monotonic() > plan.deadline:
@@ -242,23 +251,29 @@ def run_peers(
     return courses, canaries
 
 
-def timed_facts(course: Course, job: Job, canaries: list[float], plan: Plan) -> dict:
-    """What the blocks of a peer say: see `bench.finetune` for the names."""
+def counted(course: Course, canaries: list[float]) -> list[Block]:
+    """The blocks that were not beside a slow canary; without any such block all of them, since a
+    doubtful number says more than none."""
     limit = SLOW * statistics.median(canaries)
-    good = [b for b in course.blocks if b.canary < limit]
-    counted = good or course.blocks  # a doubtful number says more than none
-    times = sorted(ms for block in counted for ms in block.times)
+    return [b for b in course.blocks if b.canary < limit] or course.blocks
+
+
+def timed_facts(course: Course, job: Job, canaries: list[float]) -> dict:
+    """What the blocks of a peer say: see `bench.finetune` for the names."""
+    good = [b for b in course.blocks if b.canary < SLOW * statistics.median(canaries)]
+    blocks = counted(course, canaries)
+    times = sorted(ms for block in blocks for ms in block.times)
     medians = [statistics.median(block.times) for block in course.blocks]
-    tokens = {b.first: sum(sum(job.data.lengths(k)) for k in numbers(b)) for b in counted}
-    rates = [tokens[b.first] / b.wall * 1e3 for b in counted]
-    n = sum(len(block.times) for block in counted)
+    tokens = {b.first: sum(sum(job.data.lengths(k)) for k in numbers(b)) for b in blocks}
+    rates = [tokens[b.first] / b.wall * 1e3 for b in blocks]
+    n = sum(len(block.times) for block in blocks)
     batch = job.data.batches.batch_size
-    wall, event = sum(b.wall for b in counted) / n, sum(times) / n
+    wall, event = sum(b.wall for b in blocks) / n, sum(times) / n
     facts = {
         "tokens_per_step": sum(tokens.values()) / n,
         "tokens_per_second": statistics.median(rates),
         "sequences_per_second": statistics.median(
-            batch * len(b.times) / b.wall * 1e3 for b in counted
+            batch * len(b.times) / b.wall * 1e3 for b in blocks
         ),
         **{f"p{q}": percentile(times, q / 100) for q in (10, 50, 90)},
         "wall_ms": wall,
