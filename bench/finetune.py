@@ -34,16 +34,16 @@ Each workload and peer is one JSON line of --out (default bench/results/finetune
     floor_ms, target_ms             bench.floors, of the same lengths, packed; null likewise
     floor_measured_ms               likewise, with the matmul and the copy measured in this run
     of_floor, of_target             floor_ms / p50, target_ms / p50
-    kernels                         launched or replayed in a step; null: not counted
     sm_mhz, watts                   while this peer was warming up; null: nothing told
     first_loss, last_loss           of the run; the first before any update
-    check                           dropout off: {dtype, loss_difference, cosine, passed}, or null
+    check                           dropout off: {dtype, loss_difference, cosine, passed}, or null;
+                                    minift's in fp32 as well for the first workload
     learning                        {inside, passed} of --learning, or null
     best_peer, ratio_to_best_peer, ratio_to_default_peer    minift's row: quotients of tokens/s
     trusted, doubts                 false with the reasons; a doubtful row is shown, not hidden
     seed, utc, commit, gpu, driver, cpu, cores, threads, torch, triton, python, transformers
 
-A row that was not timed has only the keys up to `batch`, `trusted` false and what it ran on. With
+A row that was not timed has the keys up to `batch`, `trusted` false and what it ran on. With
 --learning there are rows of bench "learning" as well: workload, peer, seeds, steps, window, loss
 (means over windows of steps, each a list over the seeds), inside, passed.
 """
@@ -55,7 +55,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,6 +87,7 @@ class Session:
     kinds: list[type[Peer]]
     ceilings: Ceilings
     out: Path | None
+    exact: bool = True  # minift is checked in fp32 as well: its kernels are compiled once more
 
     def write(self, row: dict) -> None:
         """Appends a row to --out, where there is one."""
@@ -107,9 +108,10 @@ def run_workload(
         plain, fixed = write_model(workload.model, Path(folder), session.seed)
         data = Data.make(workload, plan.total, session.seed)
         config = train_config(workload, plan.total, session.seed, session.dtype)
-        checks = check(session.kinds, Job(fixed, data, config, device))
         job = Job(plain, data, config, device)
         courses, canaries = run_peers(session.kinds, job, plan)
+        # Not before: it compiles what `prepare_seconds` should hold.
+        checks = check(session, Job(fixed, data, config, device))
     rows = [peer_row(course, workload, job, session, plan, canaries) for course in courses]
     for row in rows:
         if row["status"] == "timed":
@@ -117,16 +119,17 @@ def run_workload(
             add_doubts(row)
     add_ratios(rows)
     facts = fingerprint(device) | {"transformers": transformers_version()}
-    rows = [{**row, "seed": session.seed, **facts} for row in rows]
+    # The clock of the fingerprint is that of a GPU at rest.
+    rows = [row | {"seed": session.seed, **facts, "sm_mhz": row.get("sm_mhz")} for row in rows]
     for row in rows:
         session.write(row)
     return rows
 
 
-def check(kinds: Sequence[type[Peer]], job: Job) -> dict[str, dict]:
+def check(session: Session, job: Job) -> dict[str, dict]:
     """What `learning.check_peers` finds; without transformers, nothing."""
     try:
-        return learning.check_peers(kinds, job)
+        return learning.check_peers(session.kinds, job, session.exact)
     except Exception as error:  # the rows say that nothing was checked
         print(f"  not checked: {one_line(error)}", flush=True)
         return {}
@@ -164,7 +167,6 @@ def peer_row(
         "peak_allocated_mib": course.allocated / MIB if cuda else None,
         "peak_reserved_mib": course.reserved / MIB if cuda else None,
         **speed_facts(workload, steps, facts, session.ceilings),
-        "kernels": None,
         "sm_mhz": course.sm_mhz,
         "watts": course.watts,
         "first_loss": course.first_loss,
@@ -308,7 +310,7 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
             left = end - time.monotonic()
         share = left if i + 1 == len(workloads) else max(left * FIRST_SHARE, SHORTEST)
         plan = Plan(args.warm_up, args.blocks, args.steps, time.monotonic() + share)
-        rows = run_workload(workload, session, plan, learned)
+        rows = run_workload(workload, replace(session, exact=i == 0), plan, learned)
         print("\n".join(table(rows)), flush=True)
         summary[workload.name] = {
             key: row.get(key) for row in rows if row["peer"] == "minift" for key in SUMMARY

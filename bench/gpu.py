@@ -46,6 +46,7 @@ SHARES = {  # of the time, where every part takes all of its own
     "tune": 0.02,  # when it begins, all that is left is its own
 }
 TUNE_SECONDS = 45.0  # in less nothing is found
+LEARNING_SECONDS = 300.0  # in less, fine-tuning is timed alone
 TINY = ("--blocks", "2", "--steps", "3", "--warm-up", "2", "--peers", "minift", "transformers")
 LINES, WIDTH = 9, 100  # of the log of a part that failed
 ALL_LINES = 27  # where many failed, each has fewer
@@ -92,8 +93,9 @@ def parts(
     compile_all = [*python, "bench.codegen", "--json", "--jobs", str(os.cpu_count())]
     chosen = ["--op", *ops] if ops else []
     kernels = [*python, "bench.kernels", "--device", device, *chosen]
-    small = ["--tiny", *TINY] if device == "cpu" else []
-    finetune = [*python, "bench.finetune", "--device", device, *small]
+    choice = ["--tiny", *TINY] if device == "cpu" else []
+    choice += ["--learning"] if limits["finetune"] > LEARNING_SECONDS else []
+    finetune = [*python, "bench.finetune", "--device", device, *choice]
     tiny = ["--shape", "20x1x16"] if device == "cpu" else []
     tune = [*python, "bench.tune", "attention", "--device", device, *tiny]
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else plain

@@ -341,6 +341,10 @@ class TorchGraphs(TorchUnpadded):
     def __init__(self, job: Job):
         if job.device.type != "cuda":
             raise Unavailable("CUDA graphs need a GPU")
+        self.start(job)
+
+    def start(self, job: Job) -> None:
+        """On any device: what a GPU is needed for comes with the steps."""
         super().__init__(job)
         self.multiple = 64 if job.data.longest >= 64 else 16
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Packed, Tensor]] = {}
