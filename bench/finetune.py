@@ -70,7 +70,7 @@ from bench.workloads import TINY, WORKLOADS, Data, Workload, train_config, write
 RESULTS = ROOT / "bench" / "results" / "finetune_gpu.jsonl"
 SHORTEST = 40.0  # seconds: in less no workload is begun, but the first
 FIRST_SHARE = 0.45  # of the time that is left, for the workload that is next
-LEARNING_WORKLOADS = 2  # the first ones
+LEARNING = 2  # workloads that are learned from with --learning, the first ones
 SUMMARY = ("tokens_per_second", "p50", "of_target", "best_peer", "ratio_to_best_peer",
            "ratio_to_default_peer", "trusted")  # fmt: skip
 FLOORS = ("floor_ms", "target_ms", "floor_measured_ms", "of_floor", "of_target")
@@ -92,7 +92,16 @@ class Session:
     def write(self, row: dict) -> None:
         """Appends a row to --out, where there is one."""
         if self.out:
-            append(self.out, row)
+            append(self.out, finite(row))
+
+
+def finite(value):
+    """A row, or a part of it, with None for what is no finite number: JSON knows none."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_workload(
@@ -207,7 +216,6 @@ def add_doubts(row: dict) -> None:
     for name in ("first_loss", "last_loss"):
         if row[name] is None or not math.isfinite(row[name]):
             doubts.append(f"{name} is no finite number")
-            row[name] = None
     if row["check"] and not row["check"]["passed"]:
         doubts.append("begins other than transformers: see check")
     if row["learning"] and not row["learning"]["passed"]:
@@ -304,18 +312,37 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
             print(f"{workload.name}: no time was left", flush=True)
             continue
         print(workload.name, flush=True)
-        learned = {}
-        if args.learning and i < LEARNING_WORKLOADS:
-            learned = learn_rows(workload, session, args.seeds, args.learning)
-            left = end - time.monotonic()
-        share = left if i + 1 == len(workloads) else max(left * FIRST_SHARE, SHORTEST)
-        plan = Plan(args.warm_up, args.blocks, args.steps, time.monotonic() + share)
-        rows = run_workload(workload, replace(session, exact=i == 0), plan, learned)
-        print("\n".join(table(rows)), flush=True)
+        last = i + 1 == len(workloads)
+        end_here = end if last else time.monotonic() + max(left * FIRST_SHARE, SHORTEST)
+        here = replace(session, exact=i == 0)
+        try:
+            rows = time_workload(workload, here, args, end_here, args.learning * (i < LEARNING))
+        except Exception as error:  # such as a GPU that is lost; what was written is there
+            print(f"  failed: {one_line(error)}", flush=True)
+            summary[workload.name] = {"failed": one_line(error)}
+            continue
         summary[workload.name] = {
             key: row.get(key) for row in rows if row["peer"] == "minift" for key in SUMMARY
         }
     return summary
+
+
+def time_workload(
+    workload: Workload, session: Session, args: argparse.Namespace, end: float, learning_steps: int
+) -> list[dict]:
+    """The rows of a workload, shown as well.
+
+    Args:
+        end: until when, of time.monotonic().
+        learning_steps: to learn first, over all seeds; 0: not.
+    """
+    learned = {}
+    if learning_steps:
+        learned = learn_rows(workload, session, args.seeds, learning_steps)
+    plan = Plan(args.warm_up, args.blocks, args.steps, end)
+    rows = run_workload(workload, session, plan, learned)
+    print("\n".join(table(rows)), flush=True)
+    return rows
 
 
 def chosen(known: Sequence, names: Sequence[str]) -> list:

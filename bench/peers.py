@@ -21,7 +21,7 @@ from minift.batch import collate
 from minift.ops import Draw, ops_for
 from minift.optim import schedule
 from minift.train import gradients
-from minift.weights import hf_names
+from minift.weights import hf_names, read_config
 
 EAGER_STEPS = 3  # before a graph is captured: what is made once, is made then
 RECOMPILES = 64  # torch.compile's own limit, 8, ends in eager without a word
@@ -46,6 +46,11 @@ class Job:
         """Of activations and products."""
         return torch.float32 if self.config.dtype == "fp32" else torch.bfloat16
 
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return read_config(self.folder).n_layer
+
     def rate(self, k: int) -> float:
         """The learning rate of step k."""
         config = self.config
@@ -66,6 +71,7 @@ class Peer:
     states = "fp32"  # of the moments and masters
     note = ""  # what is not shared with the others
     comparable = True  # no lower precision, no dropout less
+    seconds_a_layer = 0.0  # to make it, about
     last: Tensor  # () the loss of the last step
 
     def step(self, k: int) -> None:
@@ -182,7 +188,7 @@ class Transformers(Peer):
     def gradients(self, k: int) -> dict[str, Tensor]:
         self.backward(k)
         named = taken(self.model)
-        config = minift.load_model(self.job.folder)[0].config
+        config = read_config(self.job.folder)
         return {
             ours: torch.cat([named[name] for name in theirs])
             for ours, theirs in hf_names(config).items()
@@ -194,6 +200,7 @@ class TransformersCompiled(Transformers):
 
     name = "transformers, compiled"
     mode: str | None = None
+    seconds_a_layer = 4.0
 
     def __init__(self, job: Job):
         if not compiles():
@@ -321,6 +328,7 @@ class TorchCompiled(TorchUnpadded):
     """Compiled once, for any number of rows."""
 
     name = "torch unpadded, compiled"
+    seconds_a_layer = 4.0
 
     def __init__(self, job: Job):
         if not compiles():

@@ -7,6 +7,7 @@ finds its caches and clocks as in a long run; a canary of fixed size between all
 the machine was busy with something else.
 """
 
+import contextlib
 import gc
 import shutil
 import statistics
@@ -25,6 +26,7 @@ from bench.peers import Job, Peer, Unavailable
 AHEAD = 3  # untimed steps before a block
 AGREE = 0.02  # by which the clocks may differ
 FEW_BLOCKS = 5
+MAKING = 0.6  # of the time, to make the peers
 MIB = 2**20
 
 
@@ -172,7 +174,8 @@ def give_up(course: Course, error: Exception) -> None:
     error.__traceback__ = None  # its frames hold tensors
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # nothing more works after some errors
+            torch.cuda.empty_cache()
 
 
 def run_block(peer: Peer, first: int, steps: int, clock) -> tuple[list[float], float]:
@@ -214,11 +217,11 @@ def _run_rounds(courses, plan, clock):
             try:
                 times, wall = run_block(course.peer, first, plan.steps, clock)
                 course.last_loss = course.peer.loss()
+                canaries.append(clock.canary())
             except Exception as error:  # the others are still wanted
                 give_up(course, error)
-                clock.take()
+                clock.marks.clear()
                 continue
-            canaries.append(clock.canary())
             course.blocks.append(Block(first, times, wall, max(canaries[-2:])))
     return canaries
 
@@ -228,14 +231,15 @@ def run_peers(
 ) -> tuple[list[Course], list[float]]:
     """All peers of a workload, made one after the other and timed in turn; and the canaries.
 
-    Half of the time is for making them: when it is over, those that are left are not made, but for
-    the first two.
+    A share of the time is for making them: what would take longer is not made, but for the first
+    two.
     """
     courses: list[Course] = []
     start = time.monotonic()
     for i, kind in enumerate(kinds):
         used = time.monotonic() - start
-        if i >= 2 and used > 0.5 * (plan.deadline - start):
+        needed = kind.seconds_a_layer * job.layers if kind.seconds_a_layer else 0.0
+        if i >= 2 and used + needed > MAKING * (plan.deadline - start):
             courses.append(Course(kind.name, kind, "unavailable", "no time was left"))
             continue
         courses.append(prepare(kind, job, plan))

@@ -357,6 +357,17 @@ def test_peers_that_no_time_is_left_for_are_not_made(monkeypatch):
     assert courses[2].reason == "no time was left"
 
 
+def test_a_peer_that_takes_long_to_make_is_made_if_there_is_time(monkeypatch, folders):
+    """By its seconds a layer; the model has two."""
+    monkeypatch.setattr(rounds, "make_clock", lambda device: FakeClock())
+    kinds = [fake("a"), fake("b"), fake("slow", seconds_a_layer=40.0), fake("c")]
+    for seconds, status in ((100.0, "unavailable"), (200.0, "timed")):
+        plan = replace(PLAN, deadline=time.monotonic() + seconds)
+        task = replace(job_of(plan), folder=folders[0])
+        courses, _ = rounds.run_peers(kinds, task, plan, say=lambda line: None)
+        assert [c.status for c in courses] == ["timed", "timed", status, "timed"]
+
+
 def course_of(*blocks: tuple[list[float], float, float]) -> Course:
     made = [Block(PLAN.first(i), *block) for i, block in enumerate(blocks)]
     return Course("a", Fake, blocks=made)
@@ -500,8 +511,39 @@ def test_a_loss_that_is_no_number_is_told():
     row = {"peer": "transformers", "doubts": [], "first_loss": 0.7, "last_loss": float("nan"),
            "check": None, "learning": None}  # fmt: skip
     finetune.add_doubts(row)
-    assert (row["trusted"], row["last_loss"]) == (False, None)
+    assert row["trusted"] is False
     assert row["doubts"] == ["last_loss is no finite number"]
+
+
+def test_what_is_no_number_is_written_as_null(tmp_path):
+    """At any depth: JSON has no NaN, and a row is not lost for one."""
+    out = tmp_path / "rows.jsonl"
+    session = finetune.Session(CPU, "bf16", 0, [], Ceilings(1.0), out)
+    row = {"p50": float("inf"), "check": {"cosine": float("nan")}, "loss": [[1.0, float("nan")]]}
+    session.write(row)
+    assert json.loads(out.read_text()) == {
+        "p50": None, "check": {"cosine": None}, "loss": [[1.0, None]],
+    }  # fmt: skip
+
+
+def test_a_workload_that_fails_does_not_stop_the_next(monkeypatch, capsys, tmp_path):
+    """It is told, and the last line is still JSON with the others."""
+    ran = []
+
+    def fail_first(workload, session, plan, learned):
+        ran.append((workload.name, session.exact))
+        if len(ran) == 1:
+            raise RuntimeError("the GPU is lost")
+        return [{"peer": "minift", "status": "failed"}]
+
+    monkeypatch.setattr(finetune, "run_workload", fail_first)
+    monkeypatch.setattr(finetune, "measure_ceilings", lambda *args, **kwargs: Ceilings(1.0))
+    flags = ["--out", str(tmp_path / "rows.jsonl"), "--workload", "BERT-base SST-2"]
+    monkeypatch.setattr(sys, "argv", ["finetune", *flags, "MiniLM-L6 SST-2"])
+    summary = finetune.run(finetune.parse_args(), CPU)
+    assert ran == [("BERT-base SST-2", True), ("MiniLM-L6 SST-2", False)]
+    assert summary["BERT-base SST-2"] == {"failed": "RuntimeError: the GPU is lost"}
+    assert summary["MiniLM-L6 SST-2"]["p50"] is None
 
 
 def test_without_an_h200_there_is_no_floor():
