@@ -38,14 +38,15 @@ Each workload and peer is one JSON line of --out (default bench/results/finetune
     first_loss, last_loss           of the run; the first before any update
     check                           dropout off: {dtype, loss_difference, cosine, passed}, or null;
                                     minift's in fp32 as well for the first workload
-    learning                        {inside, passed} of --learning, or null
+    learning                        {inside, learned, passed} of --learning, or null
     best_peer, ratio_to_best_peer, ratio_to_default_peer    minift's row: quotients of tokens/s
     trusted, doubts                 false with the reasons; a doubtful row is shown, not hidden
     seed, utc, commit, gpu, driver, cpu, cores, threads, torch, triton, python, transformers
 
 A row that was not timed has the keys up to `batch`, `trusted` false and what it ran on. With
 --learning there are rows of bench "learning" as well: workload, peer, seeds, steps, window, loss
-(means over windows of steps, each a list over the seeds), inside, passed.
+(means over windows of steps, each a list over the seeds), inside (the share of windows at which the
+mean lies in the band of the others' seeds), learned (the loss fell by a tenth), passed.
 """
 
 import argparse

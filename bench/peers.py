@@ -1,8 +1,8 @@
 """Who fine-tunes side by side: minift, transformers in several ways, and torch without padding.
 
 A peer trains from its constructor on: `step(k)` is one optimizer step on the rows of step k, and
-waits for nothing. One that cannot run here says why, as Unavailable. All have the same weights,
-rows, dropout, schedule, clipping and decay; what one does not share stands in its `note`.
+does not wait for its loss. One that cannot run here says why, as Unavailable. All have the same
+weights, rows, dropout, schedule, clipping and decay; what one does not share is its `note`.
 """
 
 import importlib.util
@@ -131,7 +131,7 @@ class MiniftEager(Minift):
 
 class Transformers(Peer):
     """As a careful user writes it: scaled_dot_product_attention, autocast, fused AdamW, padding to
-    the longest of a batch, and nothing that waits for the device."""
+    the longest of a batch, and no look at a loss. (The model itself looks at its mask.)"""
 
     name = "transformers"
     autocast = True

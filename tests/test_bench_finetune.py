@@ -19,9 +19,10 @@ from bench import finetune, learning, peers, rounds
 from bench.ceilings import Ceilings
 from bench.peers import Job, Minift, Peer, TorchUnpadded, Transformers, Unavailable
 from bench.rounds import Block, Course, Plan
-from bench.unpadded import one_by_one, pack
+from bench.unpadded import Unpadded, flash, one_by_one, pack, varlen
 from bench.workloads import (
     FIRST_WORD,
+    MODELS,
     SET,
     TINY,
     WORKLOADS,
@@ -31,6 +32,8 @@ from bench.workloads import (
     train_config,
     write_model,
 )
+from minift.bert import BertClassifier
+from minift.config import ModelConfig
 
 CPU = torch.device("cpu")
 
@@ -192,6 +195,18 @@ def test_what_cannot_run_here_says_why(folders):
     assert reasons["torch unpadded, varlen_attn"] == "varlen_attn needs a GPU"
     assert not {"minift", "transformers", "torch unpadded"} & reasons.keys()
     assert len({kind.name for kind in peers.PEERS}) == len(peers.PEERS)
+
+
+@pytest.mark.filterwarnings("ignore:aten..nll_loss")  # has no gradient without memory
+@pytest.mark.parametrize("attention", [flash, varlen])
+def test_torch_knows_the_attention_that_a_gpu_is_given(attention):
+    """Names, arguments and gradients, of tensors without memory."""
+    raw = MODELS["tiny"] | {"id2label": {"0": "a", "1": "b"}}
+    model = BertClassifier(ModelConfig.from_hf(raw)).to("meta").bfloat16()
+    batch = pack(make_examples(TINY, 1, seed=0), 24)
+    batch = batch._replace(**{name: x.to("meta") for name, x in batch.tensors().items()})
+    Unpadded(model, attention)(batch).backward()
+    assert {p.grad.shape == p.shape for p in model.parameters()} == {True}
 
 
 class FakeGraph:
