@@ -46,7 +46,8 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 def job(folder: Path, steps: int = 8, dtype: str = "fp32") -> Job:
     config = train_config(TINY, steps, 0, dtype)
-    config = replace(config, warmup_steps=2, weight_decay=0.1, learning_rate=1e-2)
+    config = replace(config, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.05)
+    config = replace(config, learning_rate=1e-2)
     return Job(folder, Data.make(TINY, steps, 0), config, CPU)
 
 
@@ -129,6 +130,31 @@ def test_gradients_are_the_same_and_what_learns_otherwise_is_found(folders):
     assert fast["cosine"] > 0.999
     assert not broken["passed"]
     assert "no" in broken["error"]
+
+
+def test_torch_drops_where_transformers_does(folders, monkeypatch):
+    """As often, at the same rate: of attention in each layer, and of all else."""
+    dropped = {"torch": [], "transformers": []}
+    whose = "torch"
+    attend, drop = torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.dropout
+
+    def noted_drop(x, p=0.5, *rest, **kwargs):
+        dropped[whose].append(p)
+        return drop(x, p, *rest, **kwargs)
+
+    def noted_attend(*args, dropout_p=0.0, **kwargs):
+        dropped[whose].append(-dropout_p)
+        return attend(*args, dropout_p=dropout_p, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "dropout", noted_drop)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted_attend)
+    task = job(folders[0])
+    TorchUnpadded(task).step(0)
+    whose = "transformers"
+    Transformers(task).step(0)
+    each = dropped["torch"].count(-0.1) // task.data.batches.batch_size  # one for each sequence
+    assert dropped["transformers"].count(-0.1) == each == 2
+    assert dropped["transformers"].count(0.1) == dropped["torch"].count(0.1) == 2 * 2 + 2
 
 
 def test_half_weights_have_fp32_masters(folders):
