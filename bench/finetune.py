@@ -9,8 +9,11 @@ All peers train the same random weights on the same rows in the same order, with
 clipping, schedule and decay, in blocks of steps in turn (A B C A B C ...). Moments and masters are
 fp32, but for the peer that is named for its bf16 ones. The peers' batches are put together before
 the clock starts and wait in pinned memory, as a loader that is never late would have it; minift's
-loop makes its own as it goes. Peers are in `bench.peers`, models and lengths in `bench.workloads`,
-the clocks in `bench.rounds`, whether all learn alike in `bench.learning`, floors in `bench.floors`.
+loop makes its own as it goes. Its last layer computes first tokens alone, which is all that a
+classifier needs; the peers' compute all, as their models come.
+
+Peers are in `bench.peers`, models and lengths in `bench.workloads`, the clocks in `bench.rounds`,
+whether all learn alike in `bench.learning`, floors in `bench.floors`.
 
 Each workload and peer is one JSON line of --out (default bench/results/finetune_gpu.jsonl):
 

@@ -46,7 +46,7 @@ def folders(tmp_path_factory) -> tuple[Path, Path]:
 
 def job(folder: Path, steps: int = 8, dtype: str = "fp32") -> Job:
     config = train_config(TINY, steps, 0, dtype)
-    config = replace(config, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.05)
+    config = replace(config, warmup_steps=2, weight_decay=0.1, max_grad_norm=0.2)
     config = replace(config, learning_rate=1e-2)
     return Job(folder, Data.make(TINY, steps, 0), config, CPU)
 
@@ -94,9 +94,9 @@ def test_all_peers_take_the_same_steps(folders):
             peer.step(k)
             curves[kind.name].append(peer.loss())
     reference = curves.pop("transformers")
-    assert abs(reference[0] - reference[-1]) > 0.05
+    assert max(reference) - min(reference) > 0.1
     for losses in curves.values():
-        assert losses == pytest.approx(reference, rel=2e-4)
+        assert losses == pytest.approx(reference, rel=1e-4)
 
 
 def test_gradients_are_the_same_and_what_learns_otherwise_is_found(folders):

@@ -16,16 +16,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import bench_package
 import pytest
 import triton
 import triton.language as tl
-from test_bench import module as bench_module
 
 import minift.kernels
+from bench import codegen
 from minift.kernels.launch import Launch
 
-ROOT = Path(__file__).parent.parent
-codegen = bench_module("codegen")
+ROOT = bench_package.ROOT
 OTHERS = [arch for arch in codegen.SHARED if arch not in codegen.BUDGETED]
 MODULES = [
     importlib.import_module(f"minift.kernels.{found.name}")
