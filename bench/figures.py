@@ -43,7 +43,7 @@ class Group:
     name: str
     bars: Sequence[Bar]
     line: float | None = None  # as far as a bar may reach
-    line_name: str = ""
+    line_words: str = ""
 
 
 def bar_chart(title: str, description: str, unit: str, groups: Sequence[Group]) -> str:
@@ -71,7 +71,7 @@ def bar_chart(title: str, description: str, unit: str, groups: Sequence[Group]) 
         if group.line:
             x = scale(group.line)
             drawing.line(x, y + ROW / 2, x, end, INK, **CEILING)
-            drawing.words(x, y, f"{group.line_name}: {plain(group.line)}", "end")
+            drawing.words(x, y, group.line_words, "end")
         for bar in group.bars:
             y += ROW
             draw_bar(drawing, bar, scale, y)
@@ -280,7 +280,8 @@ def speed_gpu(workloads: dict[str, list[dict]]) -> str | None:
         counted = sorted(timed, key=lambda row: -row["tokens_per_second"])
         others = [row for row in counted if row["peer"] != "minift" and row["comparable"]][:OTHERS]
         bars = [gpu_bar(row) for row in counted if row["peer"] == "minift" or row in others]
-        groups.append(Group(name, bars, 100.0, "floor, %"))
+        floor = f"floor: {floor_rate(counted[0]):,.0f} tokens/s"
+        groups.append(Group(name, bars, 100.0, floor))
     if not groups:
         return None
     title = f"Fine-tuning on {timed[0]['gpu']}"
@@ -290,10 +291,14 @@ def speed_gpu(workloads: dict[str, list[dict]]) -> str | None:
 
 def gpu_bar(row: dict) -> Bar:
     """A trainer: how near it comes to the floor, and its rate."""
-    floor = 1e3 * row["tokens_per_step"] / row["floor_ms"]
     rate = row["tokens_per_second"]
     colour = COLOURS[0] if row["peer"] == "minift" else COLOURS[1]
-    return Bar(row["peer"], 100 * rate / floor, f"{rate:,.0f} tokens/s", colour)
+    return Bar(row["peer"], 100 * rate / floor_rate(row), f"{rate:,.0f} tokens/s", colour)
+
+
+def floor_rate(row: dict) -> float:
+    """Real tokens a second at the floor."""
+    return 1e3 * row["tokens_per_step"] / row["floor_ms"]
 
 
 def describe(groups: Sequence[Group]) -> str:

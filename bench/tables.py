@@ -273,16 +273,15 @@ def finetune_gpu(rows: Sequence[dict]) -> str:
     found = workloads(rows)
     if not found:
         return ""
-    cells, faster = [], []
+    cells = []
+    faster: dict[str, list[str]] = {}  # trainer, and what it does not share -> workloads
     for name, timed in found.items():
         (mine,) = having(timed, peer="minift")
         best = having(timed, peer=mine["best_peer"])
         cells.append(speed_cells(name, mine, best[0] if best else None))
-        faster += [
-            f"{row['peer']} in {name} ({row['note']})"
-            for row in timed
-            if not row["comparable"] and row["tokens_per_second"] > mine["tokens_per_second"]
-        ]
+        for row in having(timed, comparable=False):
+            if row["tokens_per_second"] > mine["tokens_per_second"]:
+                faster.setdefault(f"{row['peer']} ({row['note']})", []).append(name)
     text = (
         f"{machine(mine)}, all trainers in one process, the same random weights and rows, in "
         "blocks of steps in turn; batch 32, bf16, moments and masters in fp32, dropout "
@@ -290,7 +289,8 @@ def finetune_gpu(rows: Sequence[dict]) -> str:
         "same texts without padding."
     )
     if faster:
-        text += f" Faster, but not doing the same: {'; '.join(faster)}."
+        others = "; ".join(f"{who}: {', '.join(where)}" for who, where in faster.items())
+        text += f" Faster, but not doing the same: {others}."
     head = ("", "real tokens/s", "ms a step", "of the floor's rate", "peak memory", "fastest peer",
             "its tokens/s", "its memory", "ratio to it", "to the default")  # fmt: skip
     return f"{paragraph(text)}\n\n{table(head, cells)}"

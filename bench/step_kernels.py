@@ -1,0 +1,158 @@
+"""Where the time of an optimizer step goes: eager, kernel by kernel on a GPU, else by operator.
+
+    python -m bench.step_kernels
+    python -m bench.step_kernels --workload "tiny short" --device cpu
+
+Texts of random words through a BERT of random weights, in minift's own loop and with its defaults:
+bf16 on a GPU, dropout, clipping. Some steps pass first, so that all is compiled; then torch's
+profiler sees STEPS of them. Each kernel is a line of bench/results/step_kernels.jsonl: `ms` and
+`launches` a step, and its `share` of the time of all kernels. Gaps between kernels are in none.
+One of ours is named after its file; kernels of one name are one line, named after all their files.
+The last line printed is JSON: ms a step in kernels.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from bench.codegen import find_launches
+from bench.measure import ROOT, append, fingerprint
+from minift import Example, TrainConfig, train
+from minift.bert import BertClassifier
+from minift.config import ModelConfig
+from minift.layers import init_weights
+from minift.train import Step
+
+RESULTS = ROOT / "bench" / "results" / "step_kernels.jsonl"
+WARM_UP, STEPS = 5, 5
+BATCH = 32
+MODELS = {  # layers, width, heads, vocabulary
+    "MiniLM-L6": (6, 384, 12, 30522),
+    "BERT-base": (12, 768, 12, 30522),
+    "BERT-large": (24, 1024, 16, 30522),
+    "tiny": (2, 32, 2, 200),
+}
+LENGTHS = {  # tokens: mean, standard deviation, least, most
+    "SST-2": (25, 10, 5, 64),
+    "SQuAD": (175, 70, 20, 384),
+    "short": (10, 4, 4, 24),
+}
+WORKLOADS = ("BERT-base SST-2", "BERT-base SQuAD", "BERT-large SQuAD")
+SHOWN = 15  # kernels printed
+
+
+def make_model(name: str) -> BertClassifier:
+    """A classifier of two labels with random weights."""
+    layers, width, heads, vocabulary = MODELS[name]
+    raw = {"model_type": "bert", "num_hidden_layers": layers, "hidden_size": width,
+           "num_attention_heads": heads, "intermediate_size": 4 * width, "vocab_size": vocabulary,
+           "max_position_embeddings": 512, "type_vocab_size": 2,
+           "id2label": {"0": "no", "1": "yes"}}  # fmt: skip
+    config = ModelConfig.from_hf(raw)
+    model = BertClassifier(config)
+    init_weights(model, config.init_std, seed=0)
+    return model
+
+
+def make_examples(lengths: str, n: int, vocabulary: int) -> list[Example]:
+    """Any words, in texts whose lengths are a normal sample, cut off at both ends."""
+    draw = np.random.default_rng(0)
+    mean, deviation, least, most = LENGTHS[lengths]
+    sizes = np.clip(np.rint(draw.normal(mean, deviation, n)), least, most).astype(int).tolist()
+    return [
+        Example(draw.integers(5, vocabulary, size).tolist(), [0] * size, i % 2)
+        for i, size in enumerate(sizes)
+    ]
+
+
+def steps_of(workload: str, device: torch.device) -> Iterator[Step]:
+    """Training, as many steps as are wanted."""
+    name, _, lengths = workload.partition(" ")
+    if name not in MODELS or lengths not in LENGTHS:
+        known = f"one of {', '.join(MODELS)}, a space and one of {', '.join(LENGTHS)}"
+        raise SystemExit(f"expected --workload of {known}, got {workload!r}")
+    n = WARM_UP + STEPS
+    examples = make_examples(lengths, n * BATCH, MODELS[name][3])
+    config = TrainConfig(max_steps=n, per_device_train_batch_size=BATCH)
+    return train(make_model(name).to(device), examples, config)
+
+
+def profile_steps(steps: Iterator[Step], device: torch.device) -> list[dict]:
+    """What each kernel of a step takes, the slowest first.
+
+    Args:
+        steps: at least WARM_UP + STEPS of them.
+        device: kernels of a GPU, or operators of a CPU with what they call left out.
+    """
+    cuda = device.type == "cuda"
+    for _ in range(WARM_UP):
+        next(steps)
+    wait(device)
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        for _ in range(STEPS):
+            next(steps)
+        wait(device)
+    files = files_of_kernels()
+    found = []
+    for event in seen.key_averages():
+        on_device = event.device_type == (DeviceType.CUDA if cuda else DeviceType.CPU)
+        us = event.self_device_time_total if cuda else event.self_cpu_time_total
+        # What a name with "#" spans (an optimizer's step) is there in its kernels once more.
+        if on_device and us > 0 and not event.is_user_annotation and "#" not in event.key:
+            ours = ", ".join(files.get(event.key, []))
+            name = f"{ours}.{event.key}" if ours else event.key
+            row = {"kernel": name, "ms": us / 1e3 / STEPS, "launches": event.count / STEPS}
+            found.append(row)
+    total = sum(row["ms"] for row in found)
+    return sorted(
+        ({**row, "share": row["ms"] / total} for row in found),
+        key=lambda row: (-row["ms"], row["kernel"]),
+    )
+
+
+def files_of_kernels() -> dict[str, list[str]]:
+    """Name of a kernel of ours -> the files that have one of that name."""
+    files: dict[str, list[str]] = {}
+    for launch in find_launches("minift.kernels"):
+        file, _, kernel = launch.name.split()[0].partition(".")
+        if file not in files.setdefault(kernel, []):
+            files[kernel].append(file)
+    return files
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--workload", nargs="+", default=WORKLOADS, help="a model and lengths")
+    parser.add_argument("--device", choices=("cpu", "cuda"))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines are appended to it")
+    args = parser.parse_args()
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    machine, totals = fingerprint(device), {}
+    for workload in args.workload:
+        rows = profile_steps(steps_of(workload, device), device)
+        for row in rows:
+            append(args.out, {"bench": "step_kernels", "workload": workload, **row, **machine})
+        totals[workload] = sum(row["ms"] for row in rows)
+        print(f"\n{workload}: {totals[workload]:.3f} ms a step in {len(rows)} kernels")
+        for row in rows[:SHOWN]:
+            print(f"{row['ms']:10.4f} ms {row['share']:5.0%} {row['launches']:6.4g} "
+                  f"times  {row['kernel'][:70]}")  # fmt: skip
+    print(json.dumps(totals))
+
+
+if __name__ == "__main__":
+    main()
