@@ -44,7 +44,6 @@ LENGTHS = {  # tokens: mean, standard deviation, least, most
     "short": (10, 4, 4, 24),
 }
 WORKLOADS = ("BERT-base SST-2", "BERT-base SQuAD", "BERT-large SQuAD")
-SHOWN = 15  # kernels printed
 
 
 def make_model(name: str) -> BertClassifier:
@@ -62,8 +61,7 @@ def make_model(name: str) -> BertClassifier:
 
 def make_examples(lengths: str, n: int, vocabulary: int) -> list[Example]:
     """Any words, in texts whose lengths are a normal sample, cut off at both ends."""
-    draw = np.random.default_rng(0)
-    mean, deviation, least, most = LENGTHS[lengths]
+    draw, (mean, deviation, least, most) = np.random.default_rng(0), LENGTHS[lengths]
     sizes = np.clip(np.rint(draw.normal(mean, deviation, n)), least, most).astype(int).tolist()
     return [
         Example(draw.integers(5, vocabulary, size).tolist(), [0] * size, i % 2)
@@ -75,8 +73,8 @@ def steps_of(workload: str, device: torch.device) -> Iterator[Step]:
     """Training, as many steps as are wanted."""
     name, _, lengths = workload.partition(" ")
     if name not in MODELS or lengths not in LENGTHS:
-        known = f"one of {', '.join(MODELS)}, a space and one of {', '.join(LENGTHS)}"
-        raise SystemExit(f"expected --workload of {known}, got {workload!r}")
+        known = f"{', '.join(MODELS)} and {', '.join(LENGTHS)}"
+        raise SystemExit(f"expected --workload 'MODEL LENGTHS' of {known}, got {workload!r}")
     n = WARM_UP + STEPS
     examples = make_examples(lengths, n * BATCH, MODELS[name][3])
     config = TrainConfig(max_steps=n, per_device_train_batch_size=BATCH)
@@ -91,13 +89,14 @@ def profile_steps(steps: Iterator[Step], device: torch.device) -> list[dict]:
         device: kernels of a GPU, or operators of a CPU with what they call left out.
     """
     cuda = device.type == "cuda"
+    finish = torch.cuda.synchronize if cuda else (lambda: None)
     for _ in range(WARM_UP):
         next(steps)
-    wait(device)
+    finish()
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
         for _ in range(STEPS):
             next(steps)
-        wait(device)
+        finish()
     files = files_of_kernels()
     found = []
     for event in seen.key_averages():
@@ -107,13 +106,12 @@ def profile_steps(steps: Iterator[Step], device: torch.device) -> list[dict]:
         if on_device and us > 0 and not event.is_user_annotation and "#" not in event.key:
             ours = ", ".join(files.get(event.key, []))
             name = f"{ours}.{event.key}" if ours else event.key
-            row = {"kernel": name, "ms": us / 1e3 / STEPS, "launches": event.count / STEPS}
-            found.append(row)
-    total = sum(row["ms"] for row in found)
-    return sorted(
-        ({**row, "share": row["ms"] / total} for row in found),
-        key=lambda row: (-row["ms"], row["kernel"]),
-    )
+            found.append((-us / 1e3 / STEPS, name, event.count / STEPS))
+    total = sum(ms for ms, _, _ in found)
+    return [
+        {"kernel": name, "ms": -ms, "launches": count, "share": ms / total}
+        for ms, name, count in sorted(found)
+    ]
 
 
 def files_of_kernels() -> dict[str, list[str]]:
@@ -124,12 +122,6 @@ def files_of_kernels() -> dict[str, list[str]]:
         if file not in files.setdefault(kernel, []):
             files[kernel].append(file)
     return files
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def main() -> None:
@@ -148,7 +140,7 @@ def main() -> None:
             append(args.out, {"bench": "step_kernels", "workload": workload, **row, **machine})
         totals[workload] = sum(row["ms"] for row in rows)
         print(f"\n{workload}: {totals[workload]:.3f} ms a step in {len(rows)} kernels")
-        for row in rows[:SHOWN]:
+        for row in rows[:15]:
             print(f"{row['ms']:10.4f} ms {row['share']:5.0%} {row['launches']:6.4g} "
                   f"times  {row['kernel'][:70]}")  # fmt: skip
     print(json.dumps(totals))

@@ -66,7 +66,7 @@ class Scale:
 
     @property
     def ticks(self) -> list[float]:
-        """Powers of ten; or 4 to 8 round numbers."""
+        """Powers of ten; or 0 and 4 to 10 round numbers."""
         if self.log:
             first, last = (round(math.log10(x)) for x in (self.low, self.high))
             return [10.0**n for n in range(first, last + 1)]
@@ -75,7 +75,7 @@ class Scale:
 
 
 def round_step(highest: float) -> float:
-    """1, 2 or 5 times a power of ten, 4 to 8 of which make the highest."""
+    """1, 2 or 5 times a power of ten, 4 to 10 of which reach the highest."""
     power = 10.0 ** math.floor(math.log10(highest / 4))
     return max(step * power for step in (1, 2, 5) if step * power <= highest / 4 * (1 + 1e-9))
 
