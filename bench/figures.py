@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.rows import newest_cases, newest_run, on_gpu
+from bench.rows import newest_cases, newest_groups, on_gpu
 from bench.svg import COLOURS, INK, Drawing, Scale, plain, width_of
 
 WIDTH = 880
@@ -226,11 +226,7 @@ def step_time(rows: Sequence[dict]) -> str | None:
         rows: of bench.step_kernels; those on a GPU are drawn.
     """
     groups = []
-    rows = on_gpu(rows)
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        counted = newest_run([r for r in rows if r["workload"] == workload], "kernel")
-        newest = max(row["utc"] for row in counted)
-        counted = [row for row in counted if row["utc"] == newest]
+    for (workload,), counted in newest_groups(on_gpu(rows), "workload").items():
         counted.sort(key=lambda row: (-row["ms"], row["kernel"]))
         total = sum(row["ms"] for row in counted)
         bars = [step_bar(row["kernel"], row["ms"], total) for row in counted[:KERNELS]]
@@ -240,7 +236,7 @@ def step_time(rows: Sequence[dict]) -> str | None:
         groups.append(Group(f"{workload}: {total:.2f} ms", bars))
     if not groups:
         return None
-    title = f"Time of one optimizer step on {rows[-1]['gpu']}, by kernel"
+    title = f"Time of one optimizer step on {counted[0]['gpu']}, by kernel"
     return bar_chart(title, describe(groups), "ms", groups)
 
 
@@ -270,21 +266,23 @@ def speed(title: str, workloads: dict[str, dict[str, list[dict]]]) -> str:
 
 def speed_gpu(workloads: dict[str, list[dict]]) -> str | None:
     """The same on a GPU, minift and the fastest others, as shares of what the floor allows:
-    workloads differ by ten times in tokens.
+    workloads differ by ten times in tokens. One without a floor (not on an H200) is not drawn.
 
     Args:
         workloads: name -> rows of bench.finetune that were timed.
     """
     groups = []
     for name, timed in workloads.items():
+        if not all(row["floor_ms"] for row in timed):
+            continue
         counted = sorted(timed, key=lambda row: -row["tokens_per_second"])
-        others = [row for row in counted if row["peer"] != "minift" and row["comparable"]][:OTHERS]
+        others = [row for row in counted if row["comparable"] and not is_ours(row)][:OTHERS]
         bars = [gpu_bar(row) for row in counted if row["peer"] == "minift" or row in others]
         floor = f"floor: {floor_rate(counted[0]):,.0f} tokens/s"
         groups.append(Group(name, bars, 100.0, floor))
     if not groups:
         return None
-    title = f"Fine-tuning on {timed[0]['gpu']}"
+    title = f"Fine-tuning on {counted[0]['gpu']}"
     unit = "% of the real tokens a second at the floor"
     return bar_chart(title, describe(groups), unit, groups)
 
@@ -292,8 +290,13 @@ def speed_gpu(workloads: dict[str, list[dict]]) -> str | None:
 def gpu_bar(row: dict) -> Bar:
     """A trainer: how near it comes to the floor, and its rate."""
     rate = row["tokens_per_second"]
-    colour = COLOURS[0] if row["peer"] == "minift" else COLOURS[1]
+    colour = COLOURS[0] if is_ours(row) else COLOURS[1]
     return Bar(row["peer"], 100 * rate / floor_rate(row), f"{rate:,.0f} tokens/s", colour)
+
+
+def is_ours(row: dict) -> bool:
+    """Whether it is minift, with or without captured graphs."""
+    return row["peer"].startswith("minift")
 
 
 def floor_rate(row: dict) -> float:

@@ -2,7 +2,7 @@
 
     python -m bench.report              writes them all anew
     python -m bench.report --check      exit status 1 and a line for each difference
-    python -m bench.report --take DIR   first appends the rows that a run elsewhere left in DIR
+    python -m bench.report --take DIR   first appends the rows that bench.gpu left in DIR
 
 README has a region for each: all between `<!-- report: NAME -->` and `<!-- end -->` is written
 here, and nothing else is touched. A plot is bench/results/plots/NAME.svg, there and shown only
@@ -17,12 +17,16 @@ from itertools import zip_longest
 from pathlib import Path
 
 from bench import figures, tables
-from bench.rows import Missing, read
+from bench.rows import Missing, on_gpu, read
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("bench") / "results"
 REGION = re.compile(r"(<!-- report: (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-TAKEN = ("accuracy", "finetune", "finetune_gpu", "kernels", "methods", "step_kernels")
+TAKEN = {  # file of bench.gpu -> of the results
+    "finetune": "finetune_gpu",
+    "kernels": "kernels",
+    "step_kernels": "step_kernels",
+}
 
 Results = dict[str, list[dict]]  # name of a file, without its ending -> its rows
 
@@ -157,20 +161,21 @@ def write(root: Path) -> None:
 
 
 def take(folder: Path, root: Path) -> dict[str, int]:
-    """Appends to the results what a run left in a folder, and no row twice.
+    """Appends to the results what a run on a GPU left in a folder, and no row twice.
 
     Returns:
-        How many rows are new, by file.
+        How many rows are new, by file of the results.
     """
     taken = {}
-    for path in sorted(folder.glob("*.jsonl")):
-        if path.stem in TAKEN:
-            known = {json.dumps(row, sort_keys=True) for row in read(root / RESULTS / path.name)}
-            lines = [json.dumps(row) for row in read(path)
-                     if json.dumps(row, sort_keys=True) not in known]  # fmt: skip
-            with open(root / RESULTS / path.name, "a", encoding="utf-8") as file:
-                file.writelines(f"{line}\n" for line in lines)
-            taken[path.name] = len(lines)
+    for source, name in TAKEN.items():
+        file = root / RESULTS / f"{name}.jsonl"
+        known = set(map(json.dumps, read(file)))
+        lines = [json.dumps(row) for row in on_gpu(read(folder / f"{source}.jsonl"))]
+        new = [line for line in dict.fromkeys(lines) if line not in known]
+        if new:
+            with open(file, "a", encoding="utf-8") as results:
+                results.writelines(f"{line}\n" for line in new)
+        taken[file.name] = len(new)
     return taken
 
 
@@ -179,7 +184,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
-    parser.add_argument("--take", type=Path, metavar="DIR", help="of bench.gpu, say")
+    parser.add_argument("--take", type=Path, metavar="DIR", help="of a run on a GPU")
     args = parser.parse_args()
     if args.check:
         found = check(ROOT)
@@ -188,8 +193,8 @@ def main() -> None:
         raise SystemExit(1 if found else 0)
     try:
         if args.take:
-            for name, n in take(args.take, ROOT).items():
-                print(f"{name}: {n} new rows")
+            for name, new in take(args.take, ROOT).items():
+                print(f"{name}: {new} new rows")
         write(ROOT)
     except Missing as missing:
         raise SystemExit(str(missing)) from None

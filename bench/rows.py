@@ -1,9 +1,11 @@
-"""Which rows of bench/results/*.jsonl count.
+"""Which rows of bench/results/*.jsonl count: those of the newest run, on its device.
 
-Every run appends, and nothing is taken away: old rows stay as history. Of the rows that a table or
-a plot is about, those of the newest run count: those of the same device as the newest row, at most
-a day older than it; and of rows that say the same of `names` (trainer and seed, say) the last. A
-row without a time is older than all others.
+Every run appends, and nothing is taken away: old rows stay as history. What is timed side by side
+in one process (a case of bench.kernels, a workload of bench.finetune on a GPU) has one time in all
+its rows: `newest_groups` takes the rows with the newest time of each group. Where every trainer and
+seed is a process of its own, a run has many times: `newest_run` takes the newest row, those at most
+a day older, and of two with the same trainer and seed the later.
+A row without a time is older than all others.
 """
 
 import json
@@ -73,16 +75,21 @@ def newest_run(rows: Sequence[dict], *names: str) -> list[dict]:
     return list(counted.values())
 
 
-def newest_cases(rows: Sequence[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
-    """Of bench.kernels: (op, shape, pass) -> contender -> row, each case from the newest run that
-    timed it on the device of the newest; a run of small shapes is none."""
-    rows = [row for row in rows if not row["quick"]]
+def newest_groups(rows: Sequence[dict], *names: str) -> dict[tuple, list[dict]]:
+    """What the rows say of `names` -> those that say it and count, in the order of their runs; of
+    the device of the newest row alone."""
     device = device_of(max(rows, key=time_of)) if rows else ""
-    cases: dict[tuple, dict[str, dict]] = {}
+    groups: dict[tuple, list[dict]] = {}
     for row in sorted(rows, key=time_of):
         if device_of(row) == device:
-            case = cases.setdefault((row["op"], row["shape"], row["pass"]), {})
-            if any(other["utc"] != row["utc"] for other in case.values()):
-                case.clear()  # of an earlier run
-            case[row["contender"]] = row
-    return cases
+            group = groups.setdefault(tuple(row[name] for name in names), [])
+            if group and group[0]["utc"] != row["utc"]:
+                group.clear()  # of an earlier run
+            group.append(row)
+    return groups
+
+
+def newest_cases(rows: Sequence[dict]) -> dict[tuple[str, str, str], dict[str, dict]]:
+    """Of bench.kernels: (op, shape, pass) -> contender -> row; a run of small shapes is none."""
+    groups = newest_groups([row for row in rows if not row["quick"]], "op", "shape", "pass")
+    return {case: {row["contender"]: row for row in group} for case, group in groups.items()}

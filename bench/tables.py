@@ -8,8 +8,8 @@ import statistics
 import textwrap
 from collections.abc import Sequence
 
-from bench.figures import ceilings, timed_rows
-from bench.rows import Missing, having, newest_cases, newest_run, on_cpu, on_gpu
+from bench.figures import ceilings, is_ours, timed_rows
+from bench.rows import Missing, having, newest_cases, newest_groups, newest_run, on_cpu, on_gpu
 
 WIDTH = 104
 CODEGEN = ("registers", "spill_bytes", "shared_bytes", "wide_accesses")
@@ -259,13 +259,9 @@ def mean_and_error(runs: Sequence[dict]) -> tuple[float, float]:
 
 def workloads(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """Of bench.finetune on a GPU: the rows that count of each workload, those that were timed."""
-    rows = [row for row in on_gpu(rows) if row.get("bench") == "finetune"]
-    found = {}
-    for name in dict.fromkeys(row["workload"] for row in rows):
-        counted = having(newest_run(having(rows, workload=name), "peer"), status="timed")
-        if having(counted, peer="minift"):
-            found[name] = counted
-    return found
+    groups = newest_groups(having(on_gpu(rows), bench="finetune"), "workload")
+    found = {name: having(group, status="timed") for (name,), group in groups.items()}
+    return {name: timed for name, timed in found.items() if having(timed, peer="minift")}
 
 
 def finetune_gpu(rows: Sequence[dict]) -> str:
@@ -273,26 +269,29 @@ def finetune_gpu(rows: Sequence[dict]) -> str:
     found = workloads(rows)
     if not found:
         return ""
-    cells = []
+    cells, doubts = [], []
     faster: dict[str, list[str]] = {}  # trainer, and what it does not share -> workloads
     for name, timed in found.items():
         (mine,) = having(timed, peer="minift")
         best = having(timed, peer=mine["best_peer"])
         cells.append(speed_cells(name, mine, best[0] if best else None))
+        doubts += [f"{name}: {doubt}" for doubt in mine["doubts"]]
         for row in having(timed, comparable=False):
-            if row["tokens_per_second"] > mine["tokens_per_second"]:
+            if row["tokens_per_second"] > mine["tokens_per_second"] and not is_ours(row):
                 faster.setdefault(f"{row['peer']} ({row['note']})", []).append(name)
     text = (
         f"{machine(mine)}, all trainers in one process, the same random weights and rows, in "
-        "blocks of steps in turn; batch 32, bf16, moments and masters in fp32, dropout "
-        "everywhere. The floor is the time of a step in which no kernel loses anything, of the "
-        "same texts without padding."
+        f"blocks of steps in turn; batch {mine['batch']}, {mine['dtype']}, moments and masters in "
+        f"fp32, dropout everywhere; transformers {mine['transformers']}. The floor is the time of "
+        "a step in which no kernel loses anything, of the same texts without padding."
     )
     if faster:
         others = "; ".join(f"{who}: {', '.join(where)}" for who, where in faster.items())
         text += f" Faster, but not doing the same: {others}."
+    if doubts:
+        text += f" Doubtful: {'; '.join(doubts)}."
     head = ("", "real tokens/s", "ms a step", "of the floor's rate", "peak memory", "fastest peer",
-            "its tokens/s", "its memory", "ratio to it", "to the default")  # fmt: skip
+            "its tokens/s", "its memory", "ratio to it", "to transformers")  # fmt: skip
     return f"{paragraph(text)}\n\n{table(head, cells)}"
 
 
@@ -305,7 +304,7 @@ def speed_cells(name: str, mine: dict, best: dict | None) -> list[str]:
     def ratio(key):
         return f"{mine[key]:.2f}" if mine[key] else "-"
 
-    rate = f"{mine['tokens_per_second']:,.0f}" + ("" if mine["trusted"] else " (doubtful)")
+    rate = f"{mine['tokens_per_second']:,.0f}"
     beside = ["none", "-", "-"]
     if best:
         beside = [best["peer"], f"{best['tokens_per_second']:,.0f}", memory(best)]

@@ -1,9 +1,8 @@
-"""README.md is true: its commands exist, its program runs, its numbers are in bench/results/."""
+"""README.md is true: its commands exist, its program runs, its numbers are of enough runs."""
 
 import json
 import re
 import shlex
-import statistics
 from pathlib import Path
 
 import pytest
@@ -71,31 +70,25 @@ def test_attention_takes_a_projection_as_it_lies():
     assert names["out"].isfinite().all()
 
 
-def test_the_kernels_are_those_that_were_compiled():
-    lines = (ROOT / "bench/results/codegen-triton-3.6.0.jsonl").read_text().splitlines()
-    rows = {(row["kernel"], row["arch"]): row for row in map(json.loads, lines)}
-    shown = re.findall(r"^\| `(\w+\.\w+_kernel [^`]*)` \| (.*) \|$", README, re.MULTILINE)
-    assert len(shown) >= 6
-    for name, cells in shown:
-        row = rows[name, "sm_90"]
-        numbers = [row[k] for k in ("registers", "spill_bytes", "shared_bytes", "wide_accesses")]
-        assert cells == " | ".join(f"{n:,}" for n in numbers)
+def region(name: str) -> str:
+    """What `bench.report` writes; tests/test_report.py holds it to the results, to the digit."""
+    return README.split(f"<!-- report: {name} -->\n")[1].split("<!-- end -->")[0]
+
+
+def test_every_launch_was_compiled_and_is_within_its_budget():
+    """With each version of triton; README shows those of one."""
     for path in (ROOT / "bench/results").glob("codegen-*.jsonl"):
         assert all(json.loads(line)["ok"] for line in path.read_text().splitlines())
+    assert len(re.findall(r"^\| `\w+\.\w+_kernel ", region("codegen"), re.MULTILINE)) >= 6
 
 
-def test_the_table_is_the_median_of_the_results():
-    lines = (ROOT / "bench/results/finetune.jsonl").read_text().strip().split("\n")
-    rows = [row for row in map(json.loads, lines) if row["rows"] == 2000]
-    for name, order, trainer in (
-        ("minift, bf16", "random", "minift"),
-        ("transformers at its best", "grouped", "transformers 5.23.0"),
-        ("transformers as it comes", "random", "transformers 5.23.0"),
-    ):
-        runs = [row for row in rows if (row["order"], row["trainer"]) == (order, trainer)]
-        rate = statistics.median(row["tokens_per_second"] for row in runs)
-        memory = statistics.median(row["peak_rss_mib"] for row in runs)
-        assert f"| {name} | {rate:,.0f} | {memory:,.0f} MiB |" in README
+def test_numbers_are_those_of_enough_runs():
+    """A median or a mean is of three seeds at least."""
+    assert len(re.findall(r"^\| \S+ \| `", region("methods"), re.MULTILINE)) >= 4
+    words = (region("methods") + region("finetune")).replace("\n", " ")
+    numbers = re.findall(r"(?:of|,) (\w+) seeds", words)
+    assert len(numbers) == 3
+    assert not {"one", "two"} & set(numbers)
 
 
 def test_the_modules_of_the_map_exist():
@@ -104,35 +97,6 @@ def test_the_modules_of_the_map_exist():
         assert (ROOT / "minift" / name).exists() or (ROOT / name).exists(), name
     for path in (ROOT / "minift").glob("[a-z]*.py"):
         assert path.name in block, path
-
-
-def test_the_methods_are_the_means_of_the_results():
-    lines = (ROOT / "bench/results/methods.jsonl").read_text().strip().split("\n")
-    rows = [row for row in map(json.loads, lines) if (row["data"], row["rows"]) == ("sst2", None)]
-    names = {row["method"] for row in rows}
-    assert len(names) >= 4
-    for name in names:
-        runs = [row for row in rows if row["method"] == name]
-        assert len({row["seed"] for row in runs}) == len(runs) == 3
-
-        def mean(key, runs=runs):
-            return statistics.mean(row[key] for row in runs)
-
-        cells = (
-            *(f"{runs[0]['trained_parameters']:,}", f"{mean('eval_accuracy'):.4f}"),
-            *(f"{mean('seconds_per_step') * 1000:.0f} ms", f"{mean('peak_rss_mib'):,.0f} MiB"),
-        )
-        assert f"| {name} | `{runs[0]['flags'] or '(none)'}` | {' | '.join(cells)} |" in README
-
-
-def test_the_intents_are_those_of_the_results():
-    lines = (ROOT / "bench/results/accuracy.jsonl").read_text().strip().split("\n")
-    rows = [row for row in map(json.loads, lines) if row["data"] == "banking77"]
-    for name, is_ours in (("minift", True), ("transformers", False)):
-        runs = [row for row in rows if (row["trainer"] == "minift") == is_ours]
-        assert [row["seed"] for row in runs] == [0, 1]
-        shown = " and ".join(f"{row['eval_accuracy']:.4f}" for row in runs)
-        assert f"{name} {shown}" in README.replace("\n", " ")
 
 
 def test_the_configuration_from_nothing_is_one():

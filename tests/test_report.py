@@ -1,0 +1,466 @@
+"""bench/report.py: README says what the results say, to the digit, and nobody can forget it."""
+
+import json
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import bench_package
+import fake_results
+import pytest
+
+from bench import figures, report, tables
+from bench.rows import Missing, newest_cases, newest_run
+from bench.svg import SIZE
+
+SVG = "{http://www.w3.org/2000/svg}"
+NAMES = ("methods", "kernels", "codegen", "finetune", "finetune-gpu")
+REGIONS = "\n\n".join(f"before {n}\n<!-- report: {n} -->\nold\n<!-- end -->\nafter" for n in NAMES)
+
+
+def make_root(folder: Path, gpu: bool) -> Path:
+    """A checkout with a README of regions, and results."""
+    results = folder / "bench" / "results"
+    fake_results.write(results / "finetune.jsonl", fake_results.finetune_rows())
+    fake_results.write(results / "methods.jsonl", fake_results.method_rows())
+    name = "codegen-triton-3.6.0.jsonl"
+    shutil.copy(bench_package.ROOT / "bench" / "results" / name, results / name)
+    (folder / "README.md").write_text(f"# title\n\n{REGIONS}\n", "utf-8")
+    if gpu:
+        fake_results.write(results / "kernels.jsonl", fake_results.kernel_rows())
+        fake_results.write(results / "finetune_gpu.jsonl", fake_results.gpu_rows())
+        fake_results.write(results / "step_kernels.jsonl", fake_results.step_rows())
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    made = make_root(tmp_path, gpu=False)
+    report.write(made)
+    return made
+
+
+@pytest.fixture
+def gpu_root(tmp_path):
+    made = make_root(tmp_path, gpu=True)
+    report.write(made)
+    return made
+
+
+def readme(root: Path) -> str:
+    """Line breaks of paragraphs left out."""
+    return re.sub(r"(?<!\|)\n(?![|\n<])", " ", (root / "README.md").read_text("utf-8"))
+
+
+# ---------------------------------------------------------------------- README
+
+
+def test_readme_and_the_results_agree():
+    """Of this repository: every number of a region, and every plot. `python -m bench.report`
+    writes them anew."""
+    assert report.check(bench_package.ROOT) == []
+
+
+def test_numbers_are_those_of_the_rows(root):
+    text = readme(root)
+    for words in (
+        "one epoch in bf16 on the machine below, means of two seeds:",
+        "| full | `(none)` | 12,345 | 0.8100 | 150 ms | 1,250 MiB |",
+        "| bitfit | `--method bitfit` | 12 | 0.8100 | 150 ms | 1,250 MiB |",
+        "2,000 rows of SST-2 (sentences of 30 tokens on average), batch 32, on 2 cores of an Intel "
+        "Xeon with AMX, torch 2.13.0; medians of three seeds, run in turn with transformers 5.23's",
+        "| minift, bf16 | 200 | 1,001 MiB |",
+        "| transformers at its best | 200 | 1,001 MiB |",
+        "| transformers as it comes | 50 | 1,001 MiB |",
+        "pair by pair: 1.00 (0.75 to 1.25;",
+        "two seeds each: minift 0.8500 (standard error 0.0500), transformers 0.7500 (0.0500)",
+        "for seeds 0 and 1): minift 0.8000 and 0.9000, transformers 0.7000 and 0.8000.",
+        "| `adamw_step.scalars_kernel clipped` | 40 | 0 | 128 | 0 |",
+        "![tokens a second of minift and transformers](bench/results/plots/finetune.svg)",
+    ):
+        assert words in text, words
+
+
+def test_without_a_gpu_nothing_of_it_is_shown(root):
+    """No table, no plot, no heading; the region is there for later."""
+    assert "They have not run on a GPU yet" in readme(root)
+    assert "<!-- report: finetune-gpu -->\n<!-- end -->" in (root / "README.md").read_text("utf-8")
+    assert [p.name for p in (root / "bench/results/plots").iterdir()] == ["finetune.svg"]
+
+
+def test_with_a_gpu_all_tables_and_plots_are_there(gpu_root):
+    """Wins and losses: the largest case of each operation and pass, each that a peer wins, each
+    that is wrong."""
+    text = readme(gpu_root)
+    for words in (
+        "On an NVIDIA H200 (2026-03-02, commit bbb1111, torch 2.11.0+cu128, triton 3.6.0): medians",
+        "rate of a copy, 4.00 TB/s in the same run, or its flops at that of a product, 800 TFLOP/s",
+        "37 of 39 cases are faster than every peer.",
+        "| cross_entropy, forward | 4 x 10 | 0.2500 | 80% | 0.50 | torch |",
+        "| attention, backward | 2 x 10 | 0.7812 | 40% | 2.00 | torch |",
+        "| linear_cross_entropy, forward+gradient | 7 x 7 | WRONG | - | - | - |",
+        "| BERT-base SST-2 | 100,000 | 8.00 | 50% | 2,000 MiB | unpadded <torch> & co | 50,000 | "
+        "4,000 MiB | 2.00 | 10.00 |",
+        "not doing the same: half moments (moments in bf16): BERT-base SST-2, BERT-large SQuAD. "
+        "Doubtful: BERT-large SQuAD: the clocks differ.",
+    ):
+        assert words in text, words
+    kernels = text.split("<!-- report: kernels -->")[1].split("<!-- end -->")[0]
+    assert kernels.count("| 4 x 10 |") == 13
+    assert kernels.count("\n|") == 2 + 13 + 2 + 1
+    assert "They have not run" not in text
+    plots = {p.name for p in (gpu_root / "bench/results/plots").iterdir()}
+    assert plots == {"finetune.svg", "finetune-gpu.svg", "roofline.svg", "step-kernels.svg"}
+    assert all(f"(bench/results/plots/{name})" in text for name in plots)
+
+
+def test_only_regions_are_written(gpu_root):
+    """What stands around them is there to the byte; writing twice changes nothing."""
+    text = (gpu_root / "README.md").read_text("utf-8")
+    assert re.sub(r"(report: \S+ -->\n).*?(<!-- end)", r"\1old\n\2", text, flags=re.DOTALL) == (
+        f"# title\n\n{REGIONS}\n"
+    )
+    files = {p: p.read_bytes() for p in gpu_root.rglob("*") if p.is_file()}
+    report.write(gpu_root)
+    assert {p: p.read_bytes() for p in gpu_root.rglob("*") if p.is_file()} == files
+
+
+# ----------------------------------------------------------------------- check
+
+
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text("utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), "utf-8")
+
+
+def test_each_difference_is_a_line(root):
+    assert report.check(root) == []
+    file = root / "README.md"
+    number = file.read_text("utf-8").split("\n").index("| minift, bf16 | 200 | 1,001 MiB |") + 1
+    change(file, "| minift, bf16 | 200 |", "| minift, bf16 | 201 |")
+    change(file, "| transformers as it comes | 50 | 1,001 MiB |\n", "")
+    change(file, "\nThey have not", "\nbetter\nThey have not")
+    change(root / "bench/results/plots/finetune.svg", "200", "300")
+    (root / "bench/results/plots/roofline.svg").write_text("<svg/>")
+    found = report.check(root)
+    assert found[1:] == [
+        f"README.md:{number + 1}: expected '| minift, bf16 | 200 | 1,001 MiB |', "
+        "got '| minift, bf16 | 201 | 1,001 MiB |'",
+        f"README.md:{number + 3}: expected '| transformers as it comes | 50 | 1,001 MiB |', "
+        "got nothing",
+        "bench/results/plots/finetune.svg: not what the results give",
+        "bench/results/plots/roofline.svg: there are no rows for it",
+    ]
+    assert re.fullmatch(r"README.md:\d+: the results do not give 'better'", found[0])
+    report.write(root)
+    assert report.check(root) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("report: methods", "report: ways", "README.md: region 'ways' is none of methods, kernels"),
+        ("<!-- report: codegen -->\n", "", "<!-- report: codegen --> ... <!-- end --> once"),
+        ("<!-- end -->", "", "expected <!-- report: kernels --> ... <!-- end --> once"),
+        ("before codegen", "<!-- report: codegen -->\n<!-- end -->", "report: codegen --> ..."),
+    ],
+)  # fmt: skip
+def test_a_region_is_there_once(root, old, new, message):
+    """Nothing is written over what may not be a region."""
+    change(root / "README.md", old, new)
+    (found,) = report.check(root)
+    assert message in found
+    text = (root / "README.md").read_text("utf-8")
+    with pytest.raises(Missing):
+        report.write(root)
+    assert (root / "README.md").read_text("utf-8") == text
+
+
+def lose(rows: list[dict], /, **facts) -> list[dict]:
+    """Without those that say this."""
+    return [row for row in rows if any(row[name] != fact for name, fact in facts.items())]
+
+
+@pytest.mark.parametrize(
+    ("file", "rows", "message"),
+    [
+        ("methods", lose(fake_results.method_rows(), method="full", seed=1), "the same seeds of"),
+        ("methods", [], "methods.jsonl: expected"),
+        ("finetune", lose(fake_results.finetune_rows(), order="grouped", seed=1), "of every train"),
+        ("finetune", lose(fake_results.finetune_rows(), rows=None, data="sst2", seed=1), "sst2: e"),
+        ("codegen-triton-3.6.0", [], "no launch 'attention._forward_kernel bf16, D 64'"),
+    ],
+)
+def test_results_that_lack_something_are_a_line(root, file, rows, message):
+    fake_results.write(root / f"bench/results/{file}.jsonl", rows)
+    (found,) = report.check(root)
+    assert message in found
+
+
+def test_a_line_that_is_no_json_is_named(root):
+    with open(root / "bench/results/methods.jsonl", "a") as file:
+        file.write('{"method": "fu')
+    assert report.check(root) == ["methods.jsonl:5: expected a line of JSON"]
+
+
+def run_main(monkeypatch, root: Path, *flags) -> int | str | None:
+    monkeypatch.setattr(report, "ROOT", root)
+    monkeypatch.setattr(sys, "argv", ["report", *flags])
+    try:
+        report.main()
+    except SystemExit as end:
+        return end.code
+
+
+def test_the_exit_status_says_whether_they_agree(root, monkeypatch, capsys):
+    assert run_main(monkeypatch, root, "--check") == 0
+    assert capsys.readouterr().out == ""
+    change(root / "README.md", "0.8100", "0.9100")
+    text = (root / "README.md").read_text("utf-8")
+    assert run_main(monkeypatch, root, "--check") == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "0.8100" in line
+    assert "0.9100" in line
+    assert (root / "README.md").read_text("utf-8") == text
+    assert run_main(monkeypatch, root) is None
+    assert run_main(monkeypatch, root, "--check") == 0
+    change(root / "README.md", "<!-- end -->", "")
+    assert "<!-- end --> once" in run_main(monkeypatch, root)
+
+
+def test_rows_of_a_run_on_a_gpu_are_taken_once(root, tmp_path, monkeypatch, capsys):
+    """Those that a table is made from, as bench.gpu names its files; then README has them. Rows of
+    a rehearsal on a CPU are left."""
+    folder, results = tmp_path / "gpu", root / "bench/results"
+    before = (results / "finetune.jsonl").read_bytes()
+    kernels, steps = fake_results.kernel_rows(), fake_results.gpu_rows()
+    fake_results.write(folder / "kernels.jsonl", kernels)
+    fake_results.write(folder / "finetune.jsonl", [*steps, {**steps[0], "gpu": None}])
+    fake_results.write(folder / "tune.jsonl", [{"tile": 1}])
+    for new in (True, False):
+        assert run_main(monkeypatch, root, "--take", str(folder)) is None
+        assert capsys.readouterr().out == (
+            f"finetune_gpu.jsonl: {new * len(steps)} new rows\n"
+            f"kernels.jsonl: {new * len(kernels)} new rows\nstep_kernels.jsonl: 0 new rows\n"
+        )
+    for name, rows in (("kernels", kernels), ("finetune_gpu", steps)):
+        lines = (results / f"{name}.jsonl").read_text("utf-8").splitlines()
+        assert list(map(json.loads, lines)) == rows
+    assert (results / "finetune.jsonl").read_bytes() == before
+    assert {path.name for path in results.glob("*.jsonl")} == {
+        "codegen-triton-3.6.0.jsonl", "finetune.jsonl", "finetune_gpu.jsonl", "kernels.jsonl",
+        "methods.jsonl",
+    }  # fmt: skip
+    assert "37 of 39 cases" in readme(root)
+
+
+# -------------------------------------------------------------- which rows count
+
+
+def row(seed: int, utc: str | None, value: int, **facts) -> dict:
+    return {"seed": seed, "utc": utc, "value": value, "cpu": "A", **facts}
+
+
+@pytest.mark.parametrize(
+    ("rows", "values"),
+    [
+        ([], []),
+        ([row(0, None, 1), row(1, None, 2)], [1, 2]),
+        # A run again, of one seed: the other seed of the same day still counts.
+        ([row(0, "2026-03-02T00:10:00Z", 3), row(0, "2026-03-01T20:00:00Z", 1),
+          row(1, "2026-03-01T21:00:00Z", 2)], [2, 3]),
+        # Of two days before it does not, and a row without a time is older still.
+        ([row(1, None, 0), row(0, "2026-03-01T20:00:00Z", 1), row(1, "2026-03-03T20:00:00Z", 2)],
+         [2]),
+        # Another device is another run.
+        ([row(0, "2026-03-01T20:00:00Z", 1), row(1, "2026-03-01T21:00:00Z", 2, cpu="B")], [2]),
+        ([row(0, "2026-03-01T20:00:00Z", 1), row(0, "2026-03-01T20:00:00Z", 2)], [2]),
+    ],
+)  # fmt: skip
+def test_the_newest_run_counts(rows, values):
+    assert sorted(row["value"] for row in newest_run(rows, "seed")) == values
+
+
+def test_a_case_is_of_one_run_and_others_stay():
+    """Timed again with fewer contenders: nobody is compared with a time of another run. Cases that
+    were not timed again, as they were; not those of another GPU, nor small shapes."""
+    facts = {"op": "f", "pass": "forward", "quick": False, "gpu": "H200"}
+    old, new = "2026-03-01T00:00:00Z", "2026-03-01T09:00:00Z"
+    rows = [
+        {**facts, "shape": "big", "contender": "ours", "utc": new, "p50": 2},
+        {**facts, "shape": "big", "contender": "ours", "utc": old, "p50": 1},
+        {**facts, "shape": "big", "contender": "torch", "utc": old, "p50": 1},
+        {**facts, "shape": "small", "contender": "ours", "utc": old, "p50": 3},
+        {**facts, "shape": "third", "contender": "ours", "utc": old, "p50": 4, "gpu": "H100"},
+        {**facts, "shape": "big", "contender": "ours", "utc": new, "p50": 5, "quick": True},
+    ]
+    found = newest_cases(rows)
+    assert {case: {c: r["p50"] for c, r in there.items()} for case, there in found.items()} == {
+        ("f", "big", "forward"): {"ours": 2},
+        ("f", "small", "forward"): {"ours": 3},
+    }
+
+
+def test_older_runs_on_a_gpu_are_history():
+    """A kernel or a peer that the newest run of a workload does not have is not shown."""
+    old = {"utc": "2026-03-01T00:00:00Z"}
+    steps, peers = fake_results.step_rows(), fake_results.gpu_rows()
+    gone = [{**steps[0], **old, "kernel": "gone"}, {**steps[0], **old, "ms": 9e9}]
+    assert figures.step_time(gone + steps) == figures.step_time(steps)
+    gone = [{**peers[0], **old, "peer": "gone"}, {**peers[0], **old}]
+    assert tables.finetune_gpu(gone + peers) == tables.finetune_gpu(peers)
+
+
+# ----------------------------------------------------------------------- plots
+
+
+def plots() -> dict[str, str]:
+    found = tables.trainers(fake_results.finetune_rows())
+    return {
+        "speed": figures.speed("2 cores", {"SST-2": found}),
+        "speed_gpu": figures.speed_gpu(tables.workloads(fake_results.gpu_rows())),
+        "roofline": figures.roofline(fake_results.kernel_rows()),
+        "step_time": figures.step_time(fake_results.step_rows()),
+    }
+
+
+PLOTS = plots()
+
+
+def attributes(element, *names: str) -> list[float]:
+    return [float(element.get(name)) for name in names]
+
+
+def text_box(element) -> tuple[float, float, float, float]:
+    """Where words are, of a narrow font: 0.5 of its size for each letter."""
+    x, y = attributes(element, "x", "y")
+    wide = 0.5 * SIZE * len(element.text)
+    left = x - wide * {None: 0, "middle": 0.5, "end": 1}[element.get("text-anchor")]
+    return left, y - 0.8 * SIZE, left + wide, y + 0.2 * SIZE
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_all_lies_inside_the_picture_and_no_words_on_others(name):
+    root = ET.fromstring(PLOTS[name])
+    width, height = attributes(root, "width", "height")
+    texts = root.findall(f"{SVG}text")
+    assert len(texts) > 10
+    boxes = [text_box(text) for text in texts]
+    for i, (left, top, right, bottom) in enumerate(boxes):
+        words = texts[i].text
+        assert left >= 0, words
+        assert right <= width, words
+        assert 0 <= top < bottom <= height, words
+        for k, (le, to, ri, bo) in enumerate(boxes[:i]):
+            apart = ri <= left or right <= le or bo <= top or bottom <= to
+            assert apart, f"{words} on {texts[k].text}"
+    for dot in root.iter(f"{SVG}circle"):
+        x, y, r = attributes(dot, "cx", "cy", "r")
+        assert r <= x <= width - r
+        assert r <= y <= height - r
+    for line in root.iter(f"{SVG}line"):
+        x1, y1, x2, y2 = attributes(line, "x1", "y1", "x2", "y2")
+        assert 0 <= min(x1, x2) <= max(x1, x2) <= width
+        assert 0 <= min(y1, y2) <= max(y1, y2) <= height
+
+
+def axis(root) -> dict[float, float]:
+    """Number -> pixel, of the axis below."""
+    texts = [t for t in root.findall(f"{SVG}text") if t.get("text-anchor") == "middle"]
+    numbers = [t for t in texts if re.fullmatch(r"[\d.,]+", t.text)]
+    return {float(t.text.replace(",", "")): float(t.get("x")) for t in numbers}
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("speed", [200, 200, 50]),
+        ("speed_gpu", [50, 25, 20, 5] * 2),
+        ("step_time", [*range(20, 8, -1), sum(range(1, 9))]),
+    ],
+)
+def test_bars_are_as_long_as_their_numbers(name, values):
+    """By the numbers of the axis itself."""
+    root = ET.fromstring(PLOTS[name])
+    places = axis(root)
+    first, last = min(places), max(places)
+    scale = (places[last] - places[first]) / (last - first)
+    bars = root.findall(f"{SVG}rect")
+    assert [float(bar.get("width")) / scale for bar in bars] == pytest.approx(values, rel=1e-3)
+    assert {float(bar.get("x")) for bar in bars} == {places[0.0]}
+    assert all(float(b.get("x")) + float(b.get("width")) <= places[last] for b in bars)
+
+
+def test_the_floor_is_a_line_at_100_percent():
+    root = ET.fromstring(PLOTS["speed_gpu"])
+    dashed = [line for line in root.iter(f"{SVG}line") if line.get("stroke-dasharray")]
+    assert [float(line.get("x1")) for line in dashed] == pytest.approx([axis(root)[100]] * 2)
+    words = [text.text for text in root.iter(f"{SVG}text")]
+    assert "floor: 200,000 tokens/s" in words
+    assert "unpadded <torch> & co" in words
+    assert "half moments" not in words  # it does not do the same
+    assert "minift, no graph" not in words
+    assert "slow" not in words  # only the three fastest
+
+
+def test_the_points_of_a_bar_are_its_runs():
+    root = ET.fromstring(PLOTS["speed"])
+    places = axis(root)
+    scale = (places[400] - places[0]) / 400
+    at = [(float(dot.get("cx")) - places[0]) / scale for dot in root.iter(f"{SVG}circle")]
+    assert at == pytest.approx([100, 200, 300, 80, 200, 400, 50, 50, 50], rel=1e-3)
+
+
+def test_ceilings_are_what_the_floors_were_computed_from():
+    """Also of one run among several, and where no product binds."""
+    rows = [r for r in fake_results.kernel_rows() if r["contender"] == "ours"]
+    assert figures.ceilings(rows) == pytest.approx((4e12, 800e12))
+    older = [{**r, "utc": "2026-01-01T00:00:00Z", "floor_ms": r["floor_ms"] / 2} for r in rows]
+    assert figures.ceilings(older + rows) == pytest.approx((4e12, 800e12))
+    streams = [r for r in rows if not r["flops"]]
+    assert figures.ceilings(streams) == (pytest.approx(4e12), None)
+    assert figures.ceilings(older + streams) == pytest.approx((4e12, 1600e12))
+
+
+def test_dots_of_the_roofline_lie_under_their_ceiling():
+    """80 % of a copy's rate is 0.8 of the way up to its line, and each hint says so."""
+    root = ET.fromstring(PLOTS["roofline"])
+    (ceiling,) = [line for line in root.iter(f"{SVG}line") if line.get("stroke-dasharray")]
+    bottom, line = figures.BOTTOM, float(ceiling.get("y1"))
+    dots = [d for d in root.iter(f"{SVG}circle") if d.find(f"{SVG}title") is not None]
+    assert len(dots) == 39
+    for dot in dots:
+        hint = dot.findtext(f"{SVG}title")
+        if not re.match("attention|linear", hint):
+            share = (bottom - float(dot.get("cy"))) / (bottom - line)
+            assert f"{share:.0%} of the ceiling" in hint
+    (roof,) = root.findall(f"{SVG}polyline")
+    assert len(roof.get("points").split()) == 3
+    words = [text.text for text in root.iter(f"{SVG}text")]
+    assert {"a copy: 4.00 TB/s", "a product: 800 TFLOP/s"} <= set(words)
+    assert {"adamw", "cross_entropy", "add_norm", "bias_gelu", "embed"} <= set(words)
+    assert sum(bool(re.search(r"\d%$", w)) for w in words) > 25
+
+
+@pytest.mark.parametrize("ops", [("attention",), ("adamw",), ("embed", "linear_cross_entropy")])
+def test_a_roofline_of_some_operations_is_drawn_too(ops):
+    rows = [row for row in fake_results.kernel_rows() if row["op"] in ops]
+    ET.fromstring(figures.roofline(rows))
+
+
+def test_without_rows_there_is_no_plot():
+    """Nor of a launch that is longer than its floor, nor of what a CPU did."""
+    on_cpu = [{**row, "gpu": None} for row in fake_results.kernel_rows()]
+    small = [{**row, "floor_ms": 0.001} for row in fake_results.kernel_rows()]
+    assert [figures.roofline(rows) for rows in ([], on_cpu, small)] == [None] * 3
+    assert figures.step_time([{**row, "gpu": None} for row in fake_results.step_rows()]) is None
+    elsewhere = [{**row, "floor_ms": None} for row in fake_results.gpu_rows()]
+    assert figures.speed_gpu(tables.workloads(elsewhere)) is None
+    assert figures.speed_gpu({}) is None
+
+
+def test_the_same_rows_give_the_same_bytes():
+    assert plots() == PLOTS
