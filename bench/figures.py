@@ -74,18 +74,18 @@ def bar_chart(title: str, description: str, unit: str, groups: Sequence[Group]) 
             drawing.words(x, y, group.line_words, "end")
         for bar in group.bars:
             y += ROW
-            draw_bar(drawing, bar, scale, y)
+            draw_bar(drawing, bar, scale, y, group.line)
         y += 1.5 * ROW
     return drawing.svg()
 
 
-def draw_bar(drawing: Drawing, bar: Bar, scale: Scale, y: float) -> None:
-    """One, in the middle of its row, with its runs as points and its note behind all."""
+def draw_bar(drawing: Drawing, bar: Bar, scale: Scale, y: float, line: float | None) -> None:
+    """One, in the middle of its row, with its runs as points; its note behind all, the line too."""
     drawing.words(scale.start - 8, y, bar.name, "end")
     drawing.bar(scale.start, y - 7, scale(bar.value) - scale.start, 14, bar.colour)
     for x in bar.points:
         drawing.point(scale(x), y, bar.colour, plain(round(x)), r=3)
-    drawing.words(scale(max((bar.value, *bar.points))) + 8, y, bar.note)
+    drawing.words(scale(max((bar.value, *bar.points, line or 0.0))) + 8, y, bar.note)
 
 
 # ------------------------------------------------------------------ roofline
@@ -129,8 +129,8 @@ def roofline(rows: Sequence[dict]) -> str | None:
         return None
     copy, product = ceilings(counted)
     gpu = counted[-1]["gpu"]
-    said = f"{len(counted)} cases; a copy moves {copy / 1e12:.2f} TB/s"
-    said += f", a product makes {product / 1e12:.0f} TFLOP/s" if product else ""
+    said = f"{len(counted)} cases; a copy moves {copy / 1e12:.3g} TB/s"
+    said += f", a product makes {product / 1e12:.3g} TFLOP/s" if product else ""
     drawing = Drawing(WIDTH, HEIGHT, f"Roofline of the kernels on {gpu}", said)
     kinds = {row["pass"] for row in counted}
     drawing.legend(250, 14, {kind: c for kind, c in PASSES.items() if kind in kinds})
@@ -139,9 +139,9 @@ def roofline(rows: Sequence[dict]) -> str | None:
     products = [row for row in counted if row["flops"]]
     columns = len({row["op"] for row in streams})
     share = columns / (columns + 3.5) if products else 1.0
-    middle = 40 + share * (WIDTH - 60) if streams else 0.0
+    middle = 46 + share * (WIDTH - 66) if streams else 0.0
     if streams:
-        draw_streams(drawing, streams, copy, (40.0, middle))
+        draw_streams(drawing, streams, copy, (46.0, middle))
     if products:
         draw_products(drawing, products, (copy, product), (middle + 60, WIDTH - 30.0))
     return drawing.svg()
@@ -153,7 +153,7 @@ def draw_streams(drawing: Drawing, rows, copy: float, span: tuple[float, float])
     y = Scale.from_zero(max(1.1 * copy, *map(rate_of, rows)) / 1e12, BOTTOM, TOP)
     drawing.y_axis(y, left, right, "TB/s that must move")
     drawing.line(left, y(copy / 1e12), right, y(copy / 1e12), INK, **CEILING)
-    drawing.words(left + 4, y(copy / 1e12) - 9, f"a copy: {copy / 1e12:.2f} TB/s")
+    drawing.words(left + 4, y(copy / 1e12) - 9, f"a copy: {copy / 1e12:.3g} TB/s")
     ops = list(dict.fromkeys(row["op"] for row in rows))
     wide = (right - left) / len(ops)
     places = []
@@ -184,7 +184,7 @@ def draw_products(drawing: Drawing, rows, rates, span: tuple[float, float]) -> N
     roof = [(x(i), y(min(top, copy * i) / 1e12)) for i in ends]
     drawing.path(roof, INK, **CEILING)
     if product:
-        words = f"a product: {product / 1e12:.0f} TFLOP/s"
+        words = f"a product: {product / 1e12:.3g} TFLOP/s"
         drawing.words(right, roof[-1][1] - 9, words, "end")
     area = left, y.end, right, y.start
     draw_dots(drawing, [

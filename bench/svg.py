@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 def width_of(words: str, size: float = SIZE) -> float:
     """Pixels that words take, nearly, and rather too many: fonts differ from page to page."""
-    return 0.58 * size * len(words)
+    return 0.62 * size * len(words)
 
 
 def number(x: float) -> str:
@@ -152,7 +152,7 @@ class Drawing:
         """Words near a dot where neither words nor dots are, inside an area; or none, if all is
         taken."""
         left, top, right, bottom = area
-        for away in (0, -13, 13, -26, 26, -39, 39):
+        for away in (0, -13, 13, -26, 26):
             for anchor, beside in (("start", 8), ("end", -8)):
                 box = self.box(x + beside, y + away, words, anchor)
                 inside = left <= box[0] and box[2] <= right and top <= box[1] and box[3] <= bottom

@@ -128,9 +128,9 @@ def kernels(rows: Sequence[dict]) -> str:
     text = (
         f"{machine(timed[-1])}: medians, in CUDA graphs where there can be one, with nothing in "
         "the cache. The ceiling of an operation is the time that the bytes it must move take at "
-        f"the rate of a copy, {copy / 1e12:.2f} TB/s in the same run"
+        f"the rate of a copy, {copy / 1e12:.3g} TB/s in the same run"
     )
-    text += f", or its flops at that of a product, {product / 1e12:.0f} TFLOP/s" if product else ""
+    text += f", or its flops at that of a product, {product / 1e12:.3g} TFLOP/s" if product else ""
     text += f". {len(compared) - len(lost)} of {len(compared)} cases are faster than every peer. "
     text += "Here are the largest of each operation and pass, and all others that are not:"
     head = ("operation, pass", "shape", "ms", "of the ceiling", "x fastest peer", "which is")
@@ -145,7 +145,7 @@ def kernel_cells(row: dict, cases: dict) -> list[str]:
     peers = cases[row["op"], row["shape"], row["pass"]].values()
     peers = [r for r in peers if r["status"] == "timed" and r["contender"] != "ours"]
     best = min(peers, key=lambda r: r["p50"], default=None)
-    beside = [f"{row['p50'] / best['p50']:.2f}", best["contender"]] if best else ["-", "none"]
+    beside = [f"{row['ratio_to_best_peer']:.2f}", best["contender"]] if best else ["-", "none"]
     doubt = "" if row["trusted"] else " (the machine was busy)"
     return [*title, f"{row['p50']:.4f}{doubt}", f"{row['of_copy']:.0%}", *beside]
 
