@@ -111,6 +111,7 @@ def test_with_a_gpu_all_tables_and_plots_are_there(gpu_root):
     assert kernels.count("| 4 x 10 |") == 13
     assert kernels.count("\n|") == 2 + 13 + 2 + 1
     assert "They have not run" not in text
+    assert "half dropout" not in text  # behind, and not doing the same
     plots = {p.name for p in (gpu_root / "bench/results/plots").iterdir()}
     assert plots == {"finetune.svg", "finetune-gpu.svg", "roofline.svg", "step-kernels.svg"}
     assert all(f"(bench/results/plots/{name})" in text for name in plots)
@@ -125,6 +126,14 @@ def test_only_regions_are_written(gpu_root):
     files = {p: p.read_bytes() for p in gpu_root.rglob("*") if p.is_file()}
     report.write(gpu_root)
     assert {p: p.read_bytes() for p in gpu_root.rglob("*") if p.is_file()} == files
+
+
+def test_a_word_is_never_broken():
+    """Neither at a hyphen nor because it is long: it may be a number or a path."""
+    text = f"{'word ' * 20}{'long-' * 30}end and {'word ' * 20}1e-5 more"
+    lines = tables.paragraph(text).split("\n")
+    assert " ".join(lines) == text
+    assert [len(line) for line in lines if len(line) > tables.WIDTH] == [153]
 
 
 # ----------------------------------------------------------------------- check
@@ -275,6 +284,7 @@ def row(seed: int, utc: str | None, value: int, **facts) -> dict:
         # Of two days before it does not, and a row without a time is older still.
         ([row(1, None, 0), row(0, "2026-03-01T20:00:00Z", 1), row(1, "2026-03-03T20:00:00Z", 2)],
          [2]),
+        ([row(0, "2026-03-02T20:00:00Z", 1), row(1, "2026-03-03T20:00:00Z", 2)], [1, 2]),
         # Another device is another run.
         ([row(0, "2026-03-01T20:00:00Z", 1), row(1, "2026-03-01T21:00:00Z", 2, cpu="B")], [2]),
         ([row(0, "2026-03-01T20:00:00Z", 1), row(0, "2026-03-01T20:00:00Z", 2)], [2]),
