@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.rows import newest_cases, newest_groups, on_gpu
+from bench.rows import Missing, newest_cases, newest_groups, on_gpu
 from bench.svg import COLOURS, INK, Drawing, Scale, plain, width_of
 
 WIDTH = 880
@@ -92,21 +92,24 @@ def draw_bar(drawing: Drawing, bar: Bar, scale: Scale, y: float, line: float | N
 
 
 def ceilings(rows: Sequence[dict]) -> tuple[float, float | None]:
-    """Bytes and flops a second that the floors of the rows were computed from, of the newest run.
+    """Bytes and flops a second that the floors of the rows were computed from, of the newest run
+    that tells them.
 
-    A floor is the longer of two times: one without flops says what a copy moves, and one that is
-    longer than its bytes take what a product makes. Where no row says so, flops are None.
+    A floor is the longer of two times: without flops it tells what a copy moves; where it is longer
+    than the bytes take, what a product makes. Flops are None where nothing tells them.
+
+    Raises:
+        Missing: every case has flops.
     """
-    copy = matmul = None
-    for utc in sorted({row["utc"] for row in rows}, reverse=True):
-        run = [row for row in rows if row["utc"] == utc]
-        found = max(1e3 * row["bytes"] / row["floor_ms"] for row in run)
-        bound = [
-            row for row in run if row["flops"] and row["floor_ms"] * found > 1001 * row["bytes"]
-        ]
-        copy = copy or found
-        matmul = matmul or max((1e3 * r["flops"] / r["floor_ms"] for r in bound), default=None)
-    return copy, matmul
+
+    def newest(rates: list[tuple[str, float]]) -> float | None:
+        return max(rates)[1] if rates else None
+
+    copy = newest([(r["utc"], 1e3 * r["bytes"] / r["floor_ms"]) for r in rows if not r["flops"]])
+    if not copy:
+        raise Missing("kernels.jsonl: no case without flops tells what a copy moves")
+    bound = [r for r in rows if r["flops"] and 1e3 * r["bytes"] / r["floor_ms"] < 0.9 * copy]
+    return copy, newest([(r["utc"], 1e3 * r["flops"] / r["floor_ms"]) for r in bound])
 
 
 def timed_rows(rows: Sequence[dict]) -> list[dict]:

@@ -459,10 +459,66 @@ def test_dots_of_the_roofline_lie_under_their_ceiling():
     assert sum(bool(re.search(r"\d%$", w)) for w in words) > 25
 
 
-@pytest.mark.parametrize("ops", [("attention",), ("adamw",), ("embed", "linear_cross_entropy")])
+def test_dots_of_products_lie_where_both_axes_say():
+    """Of attention: flops a byte, and shares of the product's rate. The roof's corners are at the
+    ceilings of both; they meet at 200 flops a byte."""
+    rows = [row for row in fake_results.kernel_rows() if row["op"] in ("attention", "embed")]
+    root = ET.fromstring(figures.roofline(rows))
+    below = axis(root)
+    (low, left), (high, right) = min(below.items()), max(below.items())
+    texts = [t for t in root.findall(f"{SVG}text") if re.fullmatch(r"[\d,]+", t.text)]
+    beside = [t for t in texts if t.get("text-anchor") == "end" and float(t.get("x")) > left - 9]
+    up = {float(t.text.replace(",", "")): float(t.get("y")) - 0.35 * SIZE for t in beside}
+    (least, bottom), (most, top) = min(up.items()), max(up.items())
+
+    def numbers(x: float, y: float) -> tuple[float, float]:
+        across, above = (x - left) / (right - left), (bottom - y) / (bottom - top)
+        return low * (high / low) ** across, least * (most / least) ** above
+
+    (roof,) = root.findall(f"{SVG}polyline")
+    corners = [numbers(*map(float, c.split(","))) for c in roof.get("points").split()]
+    assert corners[0] == pytest.approx((corners[0][0], 4 * corners[0][0]), rel=0.02)
+    assert corners[1:] == [pytest.approx(c, rel=0.02) for c in ((200, 800), (high, 800))]
+    dots = [d for d in root.iter(f"{SVG}circle") if d.findtext(f"{SVG}title", "").startswith("att")]
+    assert len(dots) == 6
+    for dot in dots:
+        kind, percent = re.search(r", (\w+): .* (\d+)%", dot.findtext(f"{SVG}title")).groups()
+        flops, rate = numbers(*attributes(dot, "cx", "cy"))
+        assert flops == pytest.approx({"forward": 4000, "backward": 5000}[kind], rel=0.02)
+        assert rate == pytest.approx(8 * int(percent), rel=0.02)
+    words = {t.text: t for t in root.iter(f"{SVG}text")}
+    box = text_box(words["a product: 800 TFLOP/s"])
+    assert box[3] < float(roof.get("points").split(",")[-1])  # above its line
+
+
+def test_passes_and_trainers_are_told_by_their_colour():
+    """Dots as in the legend, side by side in a column; minift's bar, and those of all others."""
+    root = ET.fromstring(PLOTS["roofline"])
+    seen: dict[tuple, set] = {}
+    for dot in root.iter(f"{SVG}circle"):
+        if hint := dot.findtext(f"{SVG}title"):
+            op, kind = re.match(r"(\w+), ([\w+]+):", hint).groups()
+            assert dot.get("fill") == figures.PASSES[kind]
+            seen.setdefault((op, kind), set()).add(dot.get("cx"))
+    places = [seen["cross_entropy", kind] for kind in ("forward", "backward", "forward+gradient")]
+    assert [len(place) for place in places] == [1, 1, 1]
+    assert len(set.union(*places)) == 3
+    bars = ET.fromstring(PLOTS["speed_gpu"]).findall(f"{SVG}rect")
+    ours, others, *_ = figures.COLOURS
+    assert [bar.get("fill") for bar in bars] == [ours, others, others, others] * 2
+
+
+@pytest.mark.parametrize("ops", [("adamw",), ("embed", "linear_cross_entropy")])
 def test_a_roofline_of_some_operations_is_drawn_too(ops):
     rows = [row for row in fake_results.kernel_rows() if row["op"] in ops]
     ET.fromstring(figures.roofline(rows))
+
+
+def test_a_ceiling_that_nothing_tells_is_not_guessed():
+    """Products alone, each bound by its flops."""
+    rows = [row for row in fake_results.kernel_rows() if row["op"] == "attention"]
+    with pytest.raises(Missing, match=r"kernels.jsonl: no case without flops"):
+        figures.roofline(rows)
 
 
 def test_without_rows_there_is_no_plot():
