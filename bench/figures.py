@@ -142,9 +142,8 @@ def roofline(rows: Sequence[dict]) -> str | None:
     products = [row for row in counted if row["flops"]]
     columns = len({row["op"] for row in streams})
     share = columns / (columns + 3.5) if products else 1.0
-    middle = 46 + share * (WIDTH - 66) if streams else 0.0
-    if streams:
-        draw_streams(drawing, streams, copy, (46.0, middle))
+    middle = 46 + share * (WIDTH - 66)
+    draw_streams(drawing, streams, copy, (46.0, middle))
     if products:
         draw_products(drawing, products, (copy, product), (middle + 60, WIDTH - 30.0))
     return drawing.svg()
