@@ -20,7 +20,7 @@ from bench.workloads import Data
 from minift.batch import collate
 from minift.ops import Draw, ops_for
 from minift.optim import schedule
-from minift.train import gradients
+from minift.step import Gradients
 from minift.weights import hf_names, read_config
 
 EAGER_STEPS = 3  # before a graph is captured: what is made once, is made then
@@ -112,7 +112,9 @@ class Minift(Peer):
         batch = collate(job.data.batches.examples, job.data.rows(k), train=True)
         draw = Draw(torch.tensor(0, device=device), torch.tensor(0, device=device))
         task = minift.Classification(self.model.config.labels, None, 0.0)
-        gradients(self.model, [batch], task, ops_for(device), job.dtype, draw)
+        gradients = Gradients(self.model, task, ops_for(device), job.dtype, draw)
+        gradients.start(task.weight(batch))
+        gradients.add(batch.to(device))
         return taken(self.model)
 
 

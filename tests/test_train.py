@@ -12,7 +12,8 @@ from tiny import tiny_model, write_rows
 from minift.batch import Batches, Example, collate
 from minift.config import TrainConfig
 from minift.data import read_rows
-from minift.ops import TORCH, TRITON
+from minift.ops import TORCH, TRITON, Draw
+from minift.step import Gradients
 from minift.tasks.classification import Classification
 from minift.train import Diverged, TrainState, compute_dtype, total_steps, train
 from minift.weights import load
@@ -87,8 +88,11 @@ def test_empty_sequences_change_nothing(files, model_and_examples, task, ops):
         batch = collate(examples, range(2), train=True, sequences=sequences)
         assert len(batch.targets) == max(2, sequences)
         draw = Draw(*(torch.tensor(n, device=DEVICE) for n in (3, 1)))
-        loss = gradients(model, [batch], task, ops, torch.float32, draw)
-        found.append((loss, {name: p.grad for name, p in model.named_parameters()}))
+        gradients = Gradients(model, task, ops, torch.float32, draw)
+        gradients.start(task.weight(batch))
+        gradients.add(batch.to(DEVICE))
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        found.append((gradients.loss.clone(), grads))
     (plain, expected), (filled, grads) = found
     torch.testing.assert_close(filled, plain, rtol=1e-6, atol=0)
     for name, grad in expected.items():
