@@ -248,22 +248,22 @@ def step_bar(kernel: str, ms: float, total: float, colour: str = COLOURS[0]) -> 
     return Bar(name, ms, f"{ms:.3f} ms, {ms / total:.0%}", colour)
 
 
-def speed(title: str, workloads: dict[str, dict[str, list[dict]]]) -> str:
+def speed(title: str, trainers: dict[str, list[dict]], floor: float | None) -> str:
     """Real tokens a second of fine-tuning on a CPU: medians as bars, runs as points.
 
     Args:
         title: of the picture.
-        workloads: name -> trainer, ours first -> rows of its runs.
+        trainers: name, ours first -> rows of its runs.
+        floor: tokens a second of the matmuls alone; None: not known.
     """
-    groups = []
-    for name, trainers in workloads.items():
-        bars = []
-        for i, (trainer, runs) in enumerate(trainers.items()):
-            rates = [row["tokens_per_second"] for row in runs]
-            rate = statistics.median(rates)
-            bars.append(Bar(trainer, rate, f"{rate:,.0f}", COLOURS[min(i, 1)], tuple(rates)))
-        groups.append(Group(name, bars))
-    return bar_chart(title, describe(groups), "real tokens a second", groups)
+    bars = []
+    for i, (trainer, runs) in enumerate(trainers.items()):
+        rates = [row["tokens_per_second"] for row in runs]
+        rate = statistics.median(rates)
+        bars.append(Bar(trainer, rate, f"{rate:,.0f}", COLOURS[min(i, 1)], tuple(rates)))
+    words = f"matmuls alone: {floor:,.0f}" if floor else ""
+    groups = [Group(title, bars, floor, words)]
+    return bar_chart(f"Fine-tuning {title}", describe(groups), "real tokens a second", groups)
 
 
 def speed_gpu(workloads: dict[str, list[dict]]) -> str | None:

@@ -38,12 +38,10 @@ def read_results(root: Path) -> Results:
 
 def draw(results: Results) -> dict[str, str]:
     """The SVG text of every plot that has rows, by the name of its file."""
-    cpu = figures.speed(
-        "Fine-tuning MiniLM on 2,000 rows of SST-2 on 2 cores",
-        {"MiniLM, SST-2, 2 CPU cores": tables.trainers(results.get("finetune", []))},
-    )
+    runs = results.get("finetune", [])
+    trainers, floor = tables.trainers(runs), tables.matmuls_alone(runs)
     drawn = {
-        "finetune": cpu,
+        "finetune": figures.speed("MiniLM, SST-2, 2 CPU cores", trainers, floor),
         "finetune-gpu": figures.speed_gpu(tables.workloads(results.get("finetune_gpu", []))),
         "roofline": figures.roofline(results.get("kernels", [])),
         "step-kernels": figures.step_time(results.get("step_kernels", [])),

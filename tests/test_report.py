@@ -83,6 +83,27 @@ def test_numbers_are_those_of_the_rows(root):
         assert words in text, words
 
 
+def test_matmuls_alone_are_a_line_where_they_were_timed(root):
+    """Those of the same run; nobody takes them for a trainer."""
+    file = root / "bench/results/finetune.jsonl"
+    first, *rows = fake_results.finetune_rows()
+    alone = {name: first[name] for name in first if not re.match("eval|peak|train_", name)}
+    alone["trainer"] = "matmuls alone"
+    rates = enumerate((1000, 3000, 4000))
+    alone = [{**alone, "seed": seed, "tokens_per_second": rate} for seed, rate in rates]
+    old = {**alone[0], "seed": 3, "utc": "2026-02-01T00:00:00Z", "tokens_per_second": 9e9}
+    everywhere = {**alone[0], "rows": None}
+    fake_results.write(file, [first, *rows, old, *alone, everywhere])
+    report.write(root)
+    assert "steps alone, back to back, make 3,000 tokens/s." in readme(root)
+    assert "| minift, bf16 | 200 | 1,001 MiB |" in readme(root)
+    assert "transformers 0.7500 (0.0500)" in readme(root)
+    drawing = ET.fromstring((root / "bench/results/plots/finetune.svg").read_text("utf-8"))
+    (line,) = [line for line in drawing.iter(f"{SVG}line") if line.get("stroke-dasharray")]
+    assert float(line.get("x1")) == pytest.approx(axis(drawing)[3000])
+    assert "matmuls alone: 3,000" in [text.text for text in drawing.iter(f"{SVG}text")]
+
+
 def test_without_a_gpu_nothing_of_it_is_shown(root):
     """No table, no plot, no heading; the region is there for later."""
     assert "They have not run on a GPU yet" in readme(root)
@@ -330,7 +351,7 @@ def test_older_runs_on_a_gpu_are_history():
 def plots() -> dict[str, str]:
     found = tables.trainers(fake_results.finetune_rows())
     return {
-        "speed": figures.speed("2 cores", {"SST-2": found}),
+        "speed": figures.speed("SST-2 on 2 cores", found, None),
         "speed_gpu": figures.speed_gpu(tables.workloads(fake_results.gpu_rows())),
         "roofline": figures.roofline(fake_results.kernel_rows()),
         "step_time": figures.step_time(fake_results.step_rows()),
