@@ -2,18 +2,19 @@
 
     python -m bench.gpu --out DIR --minutes 9
 
-    compile     every declared launch, for all targets, on all cores
-    ceilings    bandwidth of a copy, rate of a matmul, cost of a launch
-    smoke       every operation at a small shape: whether it runs and is right
-    tests       the tests of the kernels, on the GPU
-    kernels     every operation at the shapes that are trained, beside its peers and its floor
-    finetune    fine-tuning side by side, the most important models and texts first
-    tune        tiles of the attention kernels, in the time that the others have left
+    compile       every declared launch, for all targets, on all cores
+    ceilings      bandwidth of a copy, rate of a matmul, cost of a launch
+    smoke         every operation at a small shape: whether it runs and is right
+    tests         the tests of the kernels, on the GPU
+    kernels       every operation at the shapes that are trained, beside its peers and its floor
+    finetune      fine-tuning side by side, the most important models and texts first
+    step_kernels  where the time of a step goes, kernel by kernel
+    tune          tiles of the attention kernels, in the time that the others have left
 
 Each part is a process with a time limit and a log; one that fails or hangs does not stop the
 others. What a part leaves of its time goes to those after it. DIR/gpu.jsonl has a line for each
 part as soon as it ends; DIR/kernels.jsonl one for each contender, DIR/finetune.jsonl for each peer,
-DIR/tune.jsonl for each tile.
+DIR/step_kernels.jsonl for each kernel of a step, DIR/tune.jsonl for each tile.
 torch, triton, numpy, pytest, hypothesis and what `import minift` takes must be there; minift need
 not be installed. Exit status 1: a part failed.
 """
@@ -42,7 +43,8 @@ SHARES = {  # of the time, where every part takes all of its own
     "smoke": 0.12,
     "tests": 0.13,
     "kernels": 0.3,
-    "finetune": 0.23,
+    "finetune": 0.2,
+    "step_kernels": 0.03,
     "tune": 0.02,  # when it begins, all that is left is its own
 }
 TUNE_SECONDS = 45.0  # in less nothing is found
@@ -96,6 +98,8 @@ def parts(
     choice = ["--tiny", *TINY] if device == "cpu" else []
     choice += ["--learning"] if limits["finetune"] > LEARNING_SECONDS else []
     finetune = [*python, "bench.finetune", "--device", device, *choice]
+    choice = ["--workload", "tiny short"] if device == "cpu" else []
+    steps = [*python, "bench.step_kernels", "--device", device, *choice]
     tiny = ["--shape", "20x1x16"] if device == "cpu" else []
     tune = [*python, "bench.tune", "attention", "--device", device, *tiny]
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else plain
@@ -117,6 +121,7 @@ def parts(
         "tests": Part([*tests, *test_files()], {"PYTHONPATH": path}),
         "kernels": Part([*kernels, *quick, *in_time("kernels")], plain),
         "finetune": Part([*finetune, *in_time("finetune")], plain, missing_for_finetune()),
+        "step_kernels": Part([*steps, "--out", str(out / "step_kernels.jsonl")], plain),
         "tune": Part([*tune, *in_time("tune")], interpreted, no_time),
     }
 
@@ -132,9 +137,8 @@ def test_files() -> list[str]:
     a GPU, or need packages that may not be there."""
     names = [path.stem for path in sorted((ROOT / "kernels").glob("[a-z]*.py"))]
     found = [f for n in names for f in sorted(ROOT.glob(f"tests/test_{n}*.py"))]
-    found += [
-        ROOT / "tests" / f"test_{n}.py" for n in ("ops", "blocks", "train", "embedders", "measure")
-    ]
+    others = "ops batch layers blocks prefetch step train embedders measure".split()
+    found += [ROOT / "tests" / f"test_{n}.py" for n in others]
     return [str(file.relative_to(ROOT)) for file in dict.fromkeys(found)]
 
 

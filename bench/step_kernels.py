@@ -3,27 +3,27 @@
     python -m bench.step_kernels
     python -m bench.step_kernels --workload "tiny short" --device cpu
 
-Texts of random words through a BERT of random weights, in minift's own loop and with its defaults:
-bf16 on a GPU, dropout, clipping. Some steps pass first, so that all is compiled; then torch's
-profiler sees STEPS of them. Each kernel is a line of bench/results/step_kernels.jsonl: `ms` and
-`launches` a step, and its `share` of the time of all kernels. Gaps between kernels are in none.
-One of ours is named after its file; kernels of one name are one line, named after all their files.
-The last line printed is JSON: ms a step in kernels.
+The workloads of `bench.finetune`, in minift's own loop: bf16, dropout, clipping. Some steps pass
+first, so that all is compiled; then torch's profiler sees STEPS of them. Each kernel is a line of
+bench/results/step_kernels.jsonl: `ms` and `launches` a step, and its `share` of the time of all
+kernels. Gaps between kernels are in none. One of ours is named after its file; kernels of one name
+are one line, named after all their files. The last line printed is JSON: ms a step in kernels.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.codegen import find_launches
 from bench.measure import ROOT, append, fingerprint
-from minift import Example, TrainConfig, train
+from bench.workloads import MODELS, TINY, WORKLOADS, Data, train_config
+from minift import train
 from minift.bert import BertClassifier
 from minift.config import ModelConfig
 from minift.layers import init_weights
@@ -31,54 +31,21 @@ from minift.train import Step
 
 RESULTS = ROOT / "bench" / "results" / "step_kernels.jsonl"
 WARM_UP, STEPS = 5, 5
-BATCH = 32
-MODELS = {  # layers, width, heads, vocabulary
-    "MiniLM-L6": (6, 384, 12, 30522),
-    "BERT-base": (12, 768, 12, 30522),
-    "BERT-large": (24, 1024, 16, 30522),
-    "tiny": (2, 32, 2, 200),
-}
-LENGTHS = {  # tokens: mean, standard deviation, least, most
-    "SST-2": (25, 10, 5, 64),
-    "SQuAD": (175, 70, 20, 384),
-    "short": (10, 4, 4, 24),
-}
-WORKLOADS = ("BERT-base SST-2", "BERT-base SQuAD", "BERT-large SQuAD")
+FIRST = 3  # workloads
 
 
-def make_model(name: str) -> BertClassifier:
-    """A classifier of two labels with random weights."""
-    layers, width, heads, vocabulary = MODELS[name]
-    raw = {"model_type": "bert", "num_hidden_layers": layers, "hidden_size": width,
-           "num_attention_heads": heads, "intermediate_size": 4 * width, "vocab_size": vocabulary,
-           "max_position_embeddings": 512, "type_vocab_size": 2,
-           "id2label": {"0": "no", "1": "yes"}}  # fmt: skip
-    config = ModelConfig.from_hf(raw)
+def steps_of(name: str, device: torch.device) -> Iterator[Step]:
+    """Training, as many steps as are wanted, kernel by kernel."""
+    known = {workload.name: workload for workload in (*WORKLOADS, TINY)}
+    if name not in known:
+        raise SystemExit(f"expected --workload of {', '.join(known)}, got {name!r}")
+    workload, n = known[name], WARM_UP + STEPS
+    config = ModelConfig.from_hf(MODELS[workload.model] | {"id2label": {"0": "no", "1": "yes"}})
     model = BertClassifier(config)
     init_weights(model, config.init_std, seed=0)
-    return model
-
-
-def make_examples(lengths: str, n: int, vocabulary: int) -> list[Example]:
-    """Any words, in texts whose lengths are a normal sample, cut off at both ends."""
-    draw, (mean, deviation, least, most) = np.random.default_rng(0), LENGTHS[lengths]
-    sizes = np.clip(np.rint(draw.normal(mean, deviation, n)), least, most).astype(int).tolist()
-    return [
-        Example(draw.integers(5, vocabulary, size).tolist(), [0] * size, i % 2)
-        for i, size in enumerate(sizes)
-    ]
-
-
-def steps_of(workload: str, device: torch.device) -> Iterator[Step]:
-    """Training, as many steps as are wanted."""
-    name, _, lengths = workload.partition(" ")
-    if name not in MODELS or lengths not in LENGTHS:
-        known = f"{', '.join(MODELS)} and {', '.join(LENGTHS)}"
-        raise SystemExit(f"expected --workload 'MODEL LENGTHS' of {known}, got {workload!r}")
-    n = WARM_UP + STEPS
-    examples = make_examples(lengths, n * BATCH, MODELS[name][3])
-    config = TrainConfig(max_steps=n, per_device_train_batch_size=BATCH)
-    return train(make_model(name).to(device), examples, config)
+    batches = Data.make(workload, n, seed=0).batches
+    settings = replace(train_config(workload, n, seed=0), graph="off")
+    return train(model.to(device), batches, settings)
 
 
 def profile_steps(steps: Iterator[Step], device: torch.device) -> list[dict]:
@@ -128,7 +95,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--workload", nargs="+", default=WORKLOADS, help="a model and lengths")
+    first = [workload.name for workload in WORKLOADS[:FIRST]]
+    parser.add_argument("--workload", nargs="+", default=first, help="a model and lengths")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON lines are appended to it")
     args = parser.parse_args()

@@ -228,5 +228,6 @@ def test_exit_status_says_whether_all_went_well(monkeypatch, capsys, tmp_path):
 def test_an_unknown_part_is_refused(monkeypatch):
     message = run_main(monkeypatch, "--parts", "smoke,all")
     assert message == (
-        "expected --parts of compile,ceilings,smoke,tests,kernels,finetune,tune, got all"
+        "expected --parts of compile,ceilings,smoke,tests,kernels,finetune,step_kernels,tune, "
+        "got all"
     )

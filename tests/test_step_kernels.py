@@ -58,5 +58,5 @@ def test_a_workload_is_trained_and_written_down(monkeypatch, tmp_path, capsys):
 
 @pytest.mark.parametrize("workload", ["tiny", "huge short", "tiny novel"])
 def test_an_unknown_workload_is_refused(workload):
-    with pytest.raises(SystemExit, match=f"expected --workload 'MODEL LENGTHS' .*{workload!r}"):
+    with pytest.raises(SystemExit, match=f"expected --workload of .*{workload!r}"):
         step_kernels.steps_of(workload, CPU)
