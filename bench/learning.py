@@ -18,7 +18,7 @@ from bench.measure import one_line
 from bench.peers import Job, Minift, Peer, TorchGraphs, TorchUnpadded, Transformers
 
 CHECKED = (Minift, TorchUnpadded)
-CHECK_STEPS = 3
+CHECK_STEPS, CHECK_RATE = 3, 5e-5  # from the first step on: no warm-up
 LIMITS = {"fp32": (1e-3, 0.999), "bf16": (1e-2, 0.99)}  # loss, cosine of the gradients
 WINDOW = 20  # steps that a point of a curve is the mean of
 LEARNERS = (Minift, Transformers, TorchUnpadded, TorchGraphs)
@@ -63,7 +63,8 @@ def check_peers(kinds: Sequence[type[Peer]], job: Job, exactly: bool = True) -> 
         job: of a model without dropout.
         exactly: minift in fp32 as well: both must pass, and one that does not is told.
     """
-    exact = replace(job, config=replace(job.config, dtype="fp32", warmup_steps=0), made={})
+    settings = replace(job.config, dtype="fp32", warmup_steps=0, learning_rate=CHECK_RATE)
+    exact = replace(job, config=settings, data=job.data.skewed(), made={})
     reference = start_of(Transformers, exact)
     found = {}
     for kind in kinds:

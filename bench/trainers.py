@@ -7,15 +7,18 @@ minift, and written as JSON lines with numbered labels, which both trainers read
 there are 2,000 made sentences, in which the more frequent of two kinds of words is the label.
 
 Runs are processes of their own, in turn (minift, peer at its best, peer as it comes, minift, ...),
-so that a slow minute of the machine hits all of them. Tokens are real ones: padding counts for
-nobody. Once a turn the matmuls of a step alone are timed, back to back in bf16: no step of minift's
-can be faster. Each run is appended to bench/results/finetune.jsonl; the last line printed is JSON.
+so that a slow minute of the machine hits all of them; how much others computed meanwhile is in
+`others_cpu`, a share of all cores, and above a tenth the summary is not `trusted`. Tokens are real
+ones: padding counts for nobody. Once a turn the matmuls of a step alone are timed, back to back in
+bf16: no step of minift's can be faster. Each run is appended to bench/results/finetune.jsonl; the
+last line printed is JSON.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,6 +46,8 @@ TRAINERS = {  # name -> dtype and order of the rows
 }
 ENDINGS = ("tsv", "csv", "jsonl")
 FLOOR = "matmuls alone"
+STAT = Path("/proc/stat")
+SHARED = 0.1  # of the cores' time by others: more, and a time is doubtful
 SENTENCES = {"train": 2000, "dev": 400}  # made where no data is given
 KINDS = {
     "0": "dull slow flat weak cold poor grim stale tired empty".split(),
@@ -185,6 +190,37 @@ def machine(threads: int) -> dict:
     }
 
 
+class Neighbours:
+    """What others computed while a run of ours went on: the machine may be shared.
+
+    with Neighbours() as others:
+        ...
+    others.share  # of all cores' time, by processes that are not our children; None: nothing tells
+    """
+
+    def __enter__(self) -> "Neighbours":
+        self.start = self.seconds()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        now = self.seconds()
+        busy, ours, wall = (b - a for a, b in zip(self.start, now, strict=True))
+        known = STAT.exists()
+        self.share = max(0.0, busy - ours) / (wall * os.cpu_count()) if known else None
+
+    def seconds(self) -> tuple[float, float, float]:
+        """Of all cores, of our children and ourselves, and by the clock."""
+        busy = 0.0
+        if STAT.exists():
+            user, nice, system, _, _, irq, softirq, steal = map(
+                int, STAT.read_text().split("\n")[0].split()[1:9]
+            )
+            busy = user + nice + system + irq + softirq + steal
+        usages = map(resource.getrusage, (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF))
+        ours = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+        return busy / os.sysconf("SC_CLK_TCK"), ours, time.perf_counter()
+
+
 def make_parser(description: str) -> argparse.ArgumentParser:
     """The flags of every bench that fine-tunes."""
     parser = argparse.ArgumentParser(
@@ -244,6 +280,8 @@ def summarise(rows: dict[str, list[dict]]) -> dict:
     """Medians over the runs of each trainer, and of the ratios pair by pair."""
     summary: dict = {}
     floors = rows.get(FLOOR)
+    shares = [run.get("others_cpu") or 0.0 for runs in rows.values() for run in runs]
+    summary["trusted"] = max(shares, default=0.0) <= SHARED
     for name, runs in rows.items():
         if name == FLOOR:
             continue
@@ -287,10 +325,12 @@ def run(args: argparse.Namespace) -> dict:
             for name in args.trainers:
                 dtype, order = TRAINERS[name]
                 dtype = args.dtype or dtype
-                if name == "minift":
-                    result = run_minift(args, seed, dtype, data)
-                else:
-                    result = run_peer(args, seed, dtype, order, data)
+                with Neighbours() as others:
+                    if name == "minift":
+                        result = run_minift(args, seed, dtype, data)
+                    else:
+                        result = run_peer(args, seed, dtype, order, data)
+                result["others_cpu"] = others.share
                 rows[name].append(result)
                 known = {"trainer": name, **facts, "dtype": dtype, "order": order}
                 append(args.out or RESULTS, {**known, **result, **machine(args.threads)})

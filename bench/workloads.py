@@ -7,7 +7,7 @@ words. All of it is a function of the seed.
 
 import json
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +136,12 @@ class Data:
         """One epoch of `steps` steps."""
         batches = Batches(make_examples(workload, steps, seed), workload.batch, seed=seed)
         return Data(batches, batches.order(0).tolist(), workload.longest)
+
+    def skewed(self) -> "Data":
+        """The same texts, of which seven in eight have label 1: where labels are balanced, the
+        gradients of a new model's examples cancel, and what is left is rounding."""
+        examples = [replace(e, target=int(i % 8 > 0)) for i, e in enumerate(self.batches.examples)]
+        return replace(self, batches=replace(self.batches, examples=examples))
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the examples of a step, from 0."""

@@ -69,6 +69,16 @@ def test_the_label_is_the_set_with_more_words():
     assert {e.target for e in examples} == {0, 1}
 
 
+def test_skewed_texts_are_the_same_with_other_labels():
+    """Seven of eight are 1: their gradients do not cancel."""
+    data = Data.make(TINY, 4, 0)
+    skewed = data.skewed()
+    before, after = ([e for k in range(4) for e in d.examples(k)] for d in (data, skewed))
+    assert [e.tokens for e in after] == [e.tokens for e in before]
+    assert sum(e.target for e in after) == 28
+    assert 8 < sum(e.target for e in before) < 24
+
+
 def test_lengths_are_those_of_the_data():
     """Mean, spread and both ends."""
     sample = torch.tensor(lengths("SQuAD", 4000, 0)).float()

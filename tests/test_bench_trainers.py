@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -154,6 +157,26 @@ def test_the_summary_is_made_of_medians_pair_by_pair():
     assert summary["of_matmuls_alone"] == 0.5
     assert summary["matmuls_alone_tokens_per_second"] == 400.0
     assert summary["default_peer_peak_rss_mib"] == 10.0
+
+
+def test_a_busy_machine_is_told(monkeypatch):
+    """What others computed counts, what our children did does not; then no summary is trusted."""
+    stat = Path("/proc/stat")
+    spin = [sys.executable, "-c", "sum(range(20_000_000))"]
+    with trainers.Neighbours() as ours:
+        subprocess.run(spin, check=True)
+    made = iter([(10.0, 1.0, 0.0), (10.0 + 3 * os.cpu_count(), 1.0 + os.cpu_count(), 4.0)])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.Neighbours, "seconds", lambda self: next(made))
+        with trainers.Neighbours() as others:
+            pass
+    assert others.share == 0.5
+    assert stat.exists()
+    assert 0.0 <= ours.share <= 1.0
+    run = {"tokens_per_second": 1.0, "peak_rss_mib": 1.0, "eval_accuracy": 1.0}
+    for share, trusted in ((0.05, True), (0.5, False), (None, True)):
+        rows = {"minift": [run, run | {"others_cpu": share}]}
+        assert trainers.summarise(rows)["trusted"] is trusted
 
 
 def test_tokens_of_a_step_are_those_of_the_run():
