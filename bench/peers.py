@@ -202,7 +202,7 @@ class TransformersCompiled(Transformers):
 
     name = "transformers, compiled"
     mode: str | None = None
-    seconds_a_layer = 4.0
+    seconds_a_layer = 3.0
 
     def __init__(self, job: Job):
         if not compiles():
@@ -330,7 +330,7 @@ class TorchCompiled(TorchUnpadded):
     """Compiled once, for any number of rows."""
 
     name = "torch unpadded, compiled"
-    seconds_a_layer = 4.0
+    seconds_a_layer = 3.0
 
     def __init__(self, job: Job):
         if not compiles():
@@ -387,9 +387,9 @@ class TorchGraphs(TorchUnpadded):
 
 
 PEERS = (  # in the order of their weight: where time is short, the last are left out
-    *(Minift, Transformers, TorchUnpadded, TorchGraphs, TransformersCompiled),
-    *(TransformersGraphed, TorchVarlen, TorchCompiled, MiniftEager, TransformersLiger),
-    TransformersHalf,
+    *(Minift, Transformers, TorchUnpadded, TorchGraphs, TorchVarlen, MiniftEager),
+    *(TransformersCompiled, TransformersGraphed, TransformersHalf, TorchCompiled),
+    TransformersLiger,
 )
 
 

@@ -26,7 +26,7 @@ from bench.peers import Job, Peer, Unavailable
 AHEAD = 3  # untimed steps before a block
 AGREE = 0.02  # by which the clocks may differ
 FEW_BLOCKS = 5
-MAKING = 0.6  # of the time, to make the peers
+MAKING = 0.7  # of the time, to make the peers
 MIB = 2**20
 
 
