@@ -37,7 +37,7 @@ FREE = set(
     "output_dir resume_from_checkpoint overwrite_output_dir save_total_limit test_file device "
     "threads graph gradient_checkpointing".split()
 )
-LATE = 50  # steps whose losses are read at once, where reading waits for a GPU
+LATE = {"cpu": 1, "cuda": 50}  # steps whose losses are read at once: on a GPU reading waits
 # What a run leaves in its folder besides checkpoints.
 OWN = (
     "config.json model.safetensors tokenizer.json tokenizer_config.json run.json metrics.jsonl"
@@ -236,7 +236,7 @@ class Run:
             last = step.index == step.total
             evaluates = step.index % eval_every == 0 or last
             saves = step.index % save_every == 0 or last
-            if job.device.type == "cpu" or evaluates or saves or len(late) == LATE:
+            if evaluates or saves or len(late) == LATE[job.device.type]:
                 self.log_steps(late, clock)
                 late = []
             yield step

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,7 +33,7 @@ from minift.cli import main
 from minift.config import RunConfig, TrainConfig
 from minift.errors import InputError
 from minift.prepare import pick_device
-from minift.run import fine_tune
+from minift.run import LATE, fine_tune
 from minift.weights import load
 
 GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows(20))
@@ -456,6 +457,28 @@ def test_a_run_is_a_generator_of_what_happens(model, data, tmp_path):
 
 
 # ------------------------------------------------------------ bad places
+
+
+def test_losses_read_late_are_all_written_down(monkeypatch, model, data, tmp_path):
+    """Four at a time, fewer before an evaluation: the lines of metrics.jsonl are in the order in
+    which things happened, with the numbers of a run that reads at once; a window has one rate."""
+    monkeypatch.setitem(LATE, "cpu", 4)
+    run = RunConfig(str(model), str(data / "train.csv"), str(data / "validation.jsonl"),
+                    output_dir=str(tmp_path / "late"), eval_steps=6)  # fmt: skip
+    config = TrainConfig(max_steps=6, per_device_train_batch_size=8)
+    *_, last = fine_tune(run, config)
+    lines = (tmp_path / "late" / "metrics.jsonl").read_text().splitlines()
+    events = [json.loads(line) for line in lines]
+    steps, (evaluation, summary) = events[:6], events[6:]
+    assert [event["step"] for event in steps] == [1, 2, 3, 4, 5, 6]
+    assert "eval_loss" in evaluation
+    rates = [event["tokens_per_second"] for event in steps]
+    assert len(set(rates[:4])) == len(set(rates[4:])) == 1
+    seconds = sum(event["tokens"] / event["tokens_per_second"] for event in steps)
+    assert summary["train_runtime"] == pytest.approx(seconds)
+    monkeypatch.setitem(LATE, "cpu", 1)
+    *_, at_once = fine_tune(replace(run, output_dir=str(tmp_path / "at-once")), config)
+    assert last.summary["train_loss"] == at_once.summary["train_loss"]
 
 
 def test_an_output_folder_that_is_not_empty(train, tmp_path):
