@@ -450,8 +450,9 @@ def test_a_run_is_a_generator_of_what_happens(model, data, tmp_path):
     )
     events = fine_tune(run, TrainConfig(max_steps=1))
     assert not (tmp_path / "out").exists()
-    kinds = [type(event).__name__ for event in events]  # split, rows, weights, duplicates, rules
-    assert kinds == [*["Notice"] * 5, "Step", "Evaluation", "Finished"]
+    kinds = [type(event).__name__ for event in events]
+    # split, rows, weights, duplicates, rules, sizes of batches
+    assert kinds == [*["Notice"] * 6, "Step", "Evaluation", "Finished"]
     with pytest.raises(InputError, match="is there already and not empty"):
         next(fine_tune(run))
 
