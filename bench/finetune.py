@@ -160,7 +160,7 @@ def peer_row(
         "peer": course.name,
         "status": course.status,
         "reason": course.reason,
-        "note": course.kind.note,
+        "note": course.note,
         "comparable": course.kind.comparable,
         "device": session.device.type,
         "dtype": session.dtype,

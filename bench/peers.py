@@ -103,6 +103,8 @@ class Minift(Peer):
         self.done = next(self.steps)
         if self.done.rows != tuple(sorted(self.job.data.rows(k))):
             raise RuntimeError(f"step {k} trained other rows than the peers'")
+        if self.done.eager and self.job.device.type == "cuda":
+            self.note = f"launched kernel by kernel: {self.done.eager}"
 
     def loss(self) -> float:
         return self.done.loss
@@ -378,8 +380,8 @@ class TorchGraphs(TorchUnpadded):
 
     def capture(self, inputs: Packed) -> tuple[torch.cuda.CUDAGraph, Packed, Tensor]:
         """A step that has its inputs and its loss in memory of its own; nothing runs."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+        graph, mode = torch.cuda.CUDAGraph(), "thread_local"
+        with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
             loss = self.backward(inputs)
             self.masters.step()
         self.masters.zero_grad()

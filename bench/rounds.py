@@ -48,6 +48,7 @@ class Course:
     kind: type[Peer]
     status: str = "timed"  # or "unavailable", "failed"
     reason: str = ""
+    note: str = ""  # what it does not share with the others, known after its steps
     peer: Peer | None = None
     blocks: list[Block] = field(default_factory=list)
     prepare_seconds: float = 0.0
@@ -249,6 +250,7 @@ def run_peers(
     clock = make_clock(job.device)
     canaries = run_rounds(courses, plan, clock)
     for course in courses:
+        course.note = (course.peer or course.kind).note
         course.peer = None
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # forgets the models it compiled

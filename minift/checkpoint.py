@@ -87,14 +87,18 @@ def load_checkpoint(path: Path, model: nn.Module, state: TrainState) -> dict[str
     found = {(name, kind) for name, tensors in kinds.items() for kind in tensors}
     if found != {(name, kind) for name in trained for kind in expected}:
         raise InputError(f"{path}: the optimizer's parameters are others: same method and flags?")
+    before = dict(state.optimizer.state)
     state.optimizer.state.clear()
     for name, tensors in kinds.items():
-        # Copies: the file's own tensors may lie at odd addresses, where sums round otherwise.
-        # Torch's load_state_dict would cast moments to the dtype of the parameter. Fused
-        # optimizers want the step count on the device too.
-        device = trained[name].device
-        state.optimizer.state[trained[name]] = {
-            kind: tensor.to(device).clone() for kind, tensor in tensors.items()
+        # Copies: the file's own tensors may lie at odd addresses, where sums round otherwise, and
+        # a captured step goes on reading the tensors that are there. Torch's load_state_dict would
+        # cast moments to the dtype of the parameter. Fused optimizers want the step count on the
+        # device too.
+        p = trained[name]
+        there = before.get(p, {})
+        state.optimizer.state[p] = {
+            kind: there[kind].copy_(tensor) if kind in there else tensor.to(p.device).clone()
+            for kind, tensor in tensors.items()
         }
     state.step = saved["step"]
     return saved

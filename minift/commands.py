@@ -64,7 +64,7 @@ class Bar:
         if now - self.looked > LOOK_SECONDS or step.index == step.total:
             # Reading a loss waits for a GPU. Adam's kind of average: the first count as they are.
             self.looked, self.read = now, self.read + 1
-            self.loss += (step.loss - self.loss) / min(self.read, 20)
+            self.loss += (step.numbers.loss - self.loss) / min(self.read, 20)
         rate = self.tokens / (now - self.start)
         if self.tty:
             if self.bar is None:

@@ -225,7 +225,7 @@ class Run:
     def steps(self) -> Iterator[Step | Evaluation | Notice]:
         """Trains, evaluates, saves."""
         job, progress, clock = self.job, self.progress, time.perf_counter()
-        said = "graph is off"  # nobody who asked for it need be told
+        said = ""
         eval_every = self.run.eval_steps or len(job.batches)
         save_every = self.run.save_steps or eval_every
         if progress.stopped:
@@ -240,9 +240,10 @@ class Run:
                 self.log_steps(late, clock)
                 late = []
             yield step
-            if job.state.eager not in ("", said) and job.device.type == "cuda":
-                said = job.state.eager
-                yield Notice(f"steps are launched kernel by kernel: {said}", loud=True)
+            if step.eager != said and job.device.type == "cuda":
+                said = step.eager  # from the first step on, or since a capture has failed
+                text = f"steps are launched kernel by kernel: {said}"
+                yield Notice(text, loud=step.index > 1)
             if evaluates:
                 yield self.evaluate(step)
             if saves or progress.stopped:
@@ -255,7 +256,7 @@ class Run:
 
     def log_steps(self, steps: list[Step], since: float) -> None:
         """A line for each of the steps launched `since` then; waits for the last of them."""
-        steps[-1].loss  # noqa: B018
+        steps[-1].numbers.loss  # noqa: B018, raises nothing: the first bad step is the one to name
         rate = sum(step.tokens for step in steps) / (time.perf_counter() - since)
         for step in steps:
             self.progress.loss_sum += step.loss

@@ -12,7 +12,7 @@ replayed is what was captured, kernel by kernel: the same bits as without a grap
 
 import gc
 from collections.abc import Callable, Hashable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -56,7 +56,8 @@ class Gradients:
         self.sums: dict[Tensor, Tensor] = {}
 
     def start(self, weight: float) -> None:
-        """Begins a step. Not in a graph."""
+        """Begins a step. Not in a graph, which would add to gradients that were left over."""
+        self.clear()
         self.loss.zero_()
         self.scale.fill_(1 / (weight or 1.0))
         if self.shadows:
@@ -129,14 +130,33 @@ class CudaGraphs:
         graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
         gc.disable()  # to unload a kernel that nobody uses any more would end the capture
         try:
-            # Only this thread is watched: another one may make pinned memory meanwhile.
-            mode = "thread_local"
-            with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode=mode):
-                run()
+            self._capture(graph, self.pool, run)
+        except RuntimeError:
+            self._recover()
+            raise
         finally:
             if collects:
                 gc.enable()
         return graph.replay
+
+    def _capture(self, graph, pool, run):
+        # Only this thread is watched: another one may make pinned memory meanwhile. The stream is
+        # entered apart, since a capture that fails does not leave it.
+        mode = "thread_local"
+        with (
+            torch.cuda.stream(self.stream),
+            torch.cuda.graph(graph, pool, self.stream, capture_error_mode=mode),
+        ):
+            run()
+
+    def _recover(self):
+        """A capture that fails leaves torch 2.11 giving out the pool's memory, and its random
+        generator waiting for the end of a capture: it is given one."""
+        with suppress(AttributeError, RuntimeError):
+            torch._C._cuda_endAllocateToPool(self.stream.device.index, self.pool)
+        with suppress(RuntimeError):
+            one = torch.zeros(1, device=self.stream.device)
+            self._capture(torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle(), one.zero_)
 
 
 PAGE = 64  # steps
@@ -215,7 +235,7 @@ class OptimizerStep:
 
         Args:
             index: finished steps.
-            micro_batches: on the host, or where the model is.
+            micro_batches: on the host.
         """
         gradients = self.gradients
         gradients.draw.step.fill_(index)

@@ -28,7 +28,8 @@ from .tasks.classification import Classification
 
 
 class Diverged(RuntimeError):
-    """The loss or a gradient is not a finite number. The weights are those before the step."""
+    """The loss or a gradient is not a finite number. Such a step is not taken. On a GPU, where that
+    is known when somebody looks, later steps may have been."""
 
 
 @dataclass
@@ -40,8 +41,6 @@ class TrainState:
     step: int = 0
     shadows: Shadows | None = None  # the weights in 16 bits, where the optimizer keeps masters
     tables: TableGradients = field(default_factory=TableGradients)
-    graphs: int = 0  # captured in this run
-    eager: str = ""  # why steps are launched kernel by kernel, if they are
 
     @staticmethod
     def new(model: nn.Module, config: TrainConfig, ops: Ops | None = None) -> "TrainState":
@@ -74,6 +73,8 @@ class Step:
     numbers: Numbers
     skipped_tensor: Tensor  # () int64
     report: TargetReport
+    graphs: int  # captured so far in this run
+    eager: str  # why its kernels were launched one by one; "": they need not be
 
     @property
     def examples(self) -> int:
@@ -126,7 +127,8 @@ def train(
     """Trains `model` in place; every optimizer step is yielded when it is done.
 
     On a GPU a step is yielded when it is launched, most of them as one captured graph; batches are
-    put together beside it, by a thread of their own.
+    put together beside it, by a thread of their own. A replay of a graph calls no hooks of modules
+    or tensors: who has some turns `config.graph` off.
 
     Args:
         model: with fp32 parameters, on the device to train on.
@@ -156,21 +158,23 @@ def train(
             factor = schedule(state.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
-            numbers = take(state.step, micro_batches)
-            state.step, state.graphs, state.eager = state.step + 1, take.captured, take.eager
+            numbers, done = take(state.step, micro_batches), state.step + 1
             step = Step(
-                index=state.step,
+                index=done,
                 total=total,
-                epoch=state.step / len(batches),
+                epoch=done / len(batches),
                 learning_rate=max(group["lr"] for group in optimizer.param_groups),
                 tokens=sum(sum(batch.layout.lengths) for batch in micro_batches),
                 rows=tuple(sorted(row for batch in micro_batches for row in batch.rows)),
                 numbers=numbers,
                 skipped_tensor=optimizer.skipped,
                 report=take.gradients.report,
+                graphs=take.captured,
+                eager=take.eager,
             )
             if device.type == "cpu":  # elsewhere looking would wait for the device
                 step.loss, step.grad_norm  # noqa: B018
+            state.step = done
             yield step
 
 
@@ -182,20 +186,24 @@ def _make_step(model, state, config, task, ops, several):
         model, task, ops, compute_dtype(config, device), draw, state.shadows, state.tables,
         several, config.gradient_checkpointing,
     )  # fmt: skip
-    eager = why_eager(config, ops, device)
+    eager = why_eager(config, ops, state.optimizer, device)
     return OptimizerStep(gradients, state.optimizer, None if eager else CudaGraphs(device), eager)
 
 
-def why_eager(config: TrainConfig, ops: Ops, device: torch.device) -> str:
+def why_eager(
+    config: TrainConfig, ops: Ops, optimizer: torch.optim.Optimizer, device: torch.device
+) -> str:
     """Why steps are not captured but launched kernel by kernel; "" where they are captured."""
     if device.type != "cuda":
-        return f"on {device.type} there are no graphs"
+        return f"there are no graphs on {device.type}"
     if config.graph == "off":
         return "graph is off"
     if not ops.captured:
         return "torch's operations take their shapes from the batch: use ops triton"
-    if config.optim != "adamw":
-        return f"torch's {config.optim} keeps its rate on the host: use optim adamw"
+    if not hasattr(optimizer, "sync_groups"):
+        return f"torch's {type(optimizer).__name__} keeps its rates on the host: use optim adamw"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "the optimizer has hooks, which a replay would not call"
     return ""
 
 
@@ -203,10 +211,10 @@ def _from(batches: Batches, step: int, total: int) -> Iterator[list[Batch]]:
     """The micro-batches of each step after `step` others."""
     while step < total:
         for micro_batches in batches.epoch(*divmod(step, len(batches))):
-            if step == total:
-                return
             yield micro_batches
             step += 1
+            if step == total:
+                return
 
 
 def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches:

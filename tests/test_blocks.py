@@ -60,7 +60,7 @@ def launched(make, n_layer, lengths) -> Counter:
     task = Classification(("a", "b"))
     gradients = Gradients(model, task, TRITON, torch.bfloat16, draw, shadows)
     with recorded(run=False) as seen, Operations() as plan:
-        gradients.add(batch)
+        gradients.add(batch.to(DEVICE))
     return Counter(launch.kernel for launch in seen) + Counter(plan.ran)
 
 

@@ -52,8 +52,18 @@ def fresh(files, n):
     return model.to(DEVICE), cut
 
 
-def trained(files, graph, steps=4, task=TASK, ops=TRITON, accumulation=1, batches=None, **flags):
-    """(losses and norms, weights and moments, state) of a few steps, dropout on."""
+def trained(
+    files,
+    graph,
+    steps=4,
+    task=TASK,
+    ops=TRITON,
+    accumulation=1,
+    batches=None,
+    between=None,
+    **flags,
+):
+    """(losses and norms, weights and moments, last step) of a few steps, dropout on."""
     model, examples = fresh(files, 4)
     config = TrainConfig(
         max_steps=steps, learning_rate=1e-2, warmup_steps=2, max_grad_norm=0.5, dtype="bf16",
@@ -61,12 +71,16 @@ def trained(files, graph, steps=4, task=TASK, ops=TRITON, accumulation=1, batche
     )  # fmt: skip
     state = TrainState.new(model, config, ops)
     batches = batches or Batches(examples, 2, accumulation)
-    done = list(train(model, batches, config, task, state, ops))  # read when all is over
+    done = []
+    for step in train(model, batches, config, task, state, ops):
+        done.append(step)  # they are read when all is over
+        if between:
+            between(step, model)
     numbers = [(step.loss, step.grad_norm) for step in done]
     kept = [state.optimizer.state[p] for group in state.optimizer.param_groups
             for p in group["params"]]  # fmt: skip
     tensors = [*model.parameters(), *(x for s in kept for _, x in sorted(s.items()))]
-    return numbers, tensors, state
+    return numbers, tensors, done[-1]
 
 
 def same_bits(a, b):
@@ -102,6 +116,16 @@ def test_captured_micro_steps_have_the_bits_of_launched_ones(files, tapes):
     captured = trained(files, "auto", **flags)
     assert captured[2].graphs == 2
     same_bits(captured, trained(files, "off", **flags))
+
+
+def test_gradients_that_were_left_over_are_no_part_of_a_step(files, launched, tapes):
+    """Somebody else's backward pass between two steps: a capture would add them in every replay."""
+
+    def leave(step, model):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 1000)
+
+    same_bits(trained(files, "auto", between=leave), launched)
 
 
 def test_replays_drop_anew(files, tapes):
@@ -197,14 +221,23 @@ def test_what_cannot_be_captured_is_launched_and_says_why(files, launched, tapes
     same_bits(captured, launched)
 
 
-def test_why_eager():
+def test_why_eager(files):
     """What is known beforehand, in words for a person."""
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert why_eager(TrainConfig(), TRITON, cuda) == ""
-    assert "off" in why_eager(TrainConfig(graph="off"), TRITON, cuda)
-    assert "triton" in why_eager(TrainConfig(), TORCH, cuda)
-    assert "sgd" in why_eager(TrainConfig(optim="sgd"), TRITON, cuda)
-    assert "cpu" in why_eager(TrainConfig(), TRITON, cpu)
+    model, _ = fresh(files, 1)
+
+    def why(device=cuda, ops=TRITON, **flags):
+        optimizer = TrainState.new(model, TrainConfig(**flags), ops).optimizer
+        return why_eager(TrainConfig(**flags), ops, optimizer, device)
+
+    assert why() == ""
+    assert "off" in why(graph="off")
+    assert "triton" in why(ops=TORCH)
+    assert "SGD" in why(optim="sgd")
+    assert "cpu" in why(cpu)
+    hooked = TrainState.new(model, TrainConfig(), TRITON).optimizer
+    hooked.register_step_post_hook(lambda *_: None)
+    assert "hooks" in why_eager(TrainConfig(), TRITON, hooked, cuda)
 
 
 # ---------------------------------------------------------------- gradients and numbers
@@ -245,7 +278,7 @@ def test_accumulation_keeps_no_gradient_for_the_next_step(files):
     gradients = Gradients(model, TASK, TORCH, torch.float32, draw, several=True)
     grads = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    optimizer.grad_norm = torch.zeros(())
+    optimizer.grad_norm = torch.zeros((), device=DEVICE)
     optimizer.register_step_pre_hook(
         lambda *_: grads.append([p.grad.clone() for p in model.parameters()])
     )

@@ -140,10 +140,11 @@ class Classification:
         return {"loss": loss if np.isfinite(loss) else None, **measured}
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache
 @torch.inference_mode(False)
 def _uploaded(class_weights: tuple[float, ...], device: torch.device) -> Tensor:
-    """(labels,) fp32, the same tensor in every step: each upload would wait for the device."""
+    """(labels,) fp32, the same tensor in every step, captured ones too: each upload would wait for
+    the device."""
     return torch.tensor(class_weights, device=device)
 
 
