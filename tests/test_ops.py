@@ -15,7 +15,8 @@ from minift.layers import init_weights
 from minift.ops import IGNORE_INDEX, TABLES, TORCH, TRITON, Draw, Layout, Norm, Ops, ops_for
 from minift.tasks.classification import Classification
 
-NAMES = [f.name for f in fields(Ops) if f.name != "masters"]  # a fact, not an operation
+FACTS = {"masters", "captured"}
+NAMES = [f.name for f in fields(Ops) if f.name not in FACTS]
 IN_MODEL = ["draw_dropout", "attention", "add_norm", "bias_gelu", "embed", "drop"]
 
 
