@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import torch_ops
+from . import torch_attention, torch_ops
 from .kernels.adamw import AdamW
 from .kernels.add_norm import Norm, add_norm
 from .kernels.attention import attention
@@ -69,7 +69,7 @@ def _adamw(groups, betas, eps, max_grad_norm, masters=None):
 
 TORCH = Ops(
     draw_dropout=draw_dropout_ref,
-    attention=torch_ops.attention,
+    attention=torch_attention.attention,
     add_norm=torch_ops.add_norm,
     bias_gelu=torch_ops.bias_gelu,
     embed=torch_ops.embed,

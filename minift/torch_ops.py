@@ -1,11 +1,10 @@
 """The operations in torch, as fast as it goes on a CPU; `minift.kernels` holds their definitions.
 
-Each is held to its definition by the tests. What is done for speed: attention is a few batched
-products over sequences of like length, dropout is a multiply-add and a compare an element, and
-masks are made in the dtype of what they multiply (a bool operand is many times slower).
+Each is held to its definition by the tests; attention has a file of its own. What is done for
+speed: dropout is a multiply-add and a compare an element, and masks are made in the dtype of what
+they multiply (a bool operand is many times slower).
 """
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -14,13 +13,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels.add_norm import Norm, check_add_norm
-from .kernels.attention import check_attention
 from .kernels.bias_gelu import check_bias_gelu
 from .kernels.cross_entropy import IGNORE_INDEX, check_cross_entropy
 from .kernels.dropout import Dropout, row_words, threshold
 from .kernels.embed import check_embed
 from .kernels.embed_order import EmbedOrder
-from .kernels.layout import Group, Layout
 from .kernels.linear_cross_entropy import (
     WORKSPACE_MIB,
     Job,
@@ -65,109 +62,6 @@ def _add_dropped(residual: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
 def drop(x: Tensor, dropout: Dropout | None) -> Tensor:
     """See `minift.kernels.dropout.dropout_ref`: (T, C) -> (T, C). None drops nothing."""
     return x if dropout is None else _add_dropped(x.new_zeros(()), x, dropout)
-
-
-# ---------------------------------------------------------------- attention
-
-
-def _rectangle(x: Tensor, group: Group) -> Tensor:
-    """(T, heads, ...) -> (heads, n, L, ...): a view, or a gather with repeats as padding."""
-    x = x[group.start : group.stop]
-    x = x if group.gather is None else x.index_select(0, group.gather)
-    return x.view(group.n, group.length, *x.shape[1:]).movedim(2, 0)
-
-
-def _write_rows(out: Tensor, x: Tensor, group: Group) -> None:
-    """The inverse: (heads * n, L, D) into the rows of `out` (T, heads, D)."""
-    x = x.view(-1, group.n, group.length, x.shape[-1]).movedim(0, 2).flatten(0, 1)
-    x = x if group.scatter is None else x.index_select(0, group.scatter)
-    out[group.start : group.stop] = x
-
-
-def _product(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
-    """scale * a @ b over the batch; the scale costs no pass of its own."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """fp32 or fp64, dense: on a CPU softmax and small products are slower in bf16."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
-
-
-def _probabilities(scores: Tensor, group: Group, causal: bool) -> Tensor:
-    """(H * n, L, L): padded keys, and with `causal` later ones, have 0."""
-    n, L = group.n, group.length
-    if group.real is not None:
-        mask = torch.zeros_like(group.real).masked_fill_(group.real == 0, -math.inf)
-        scores.view(-1, n, L, L).add_(mask[:, None])
-    if causal:
-        scores.add_(scores.new_full((L, L), -math.inf).triu_(1))
-    return scores.softmax(-1)
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, qkv, layout: Layout, n_head: int, causal: bool, dropout: Dropout | None):
-        T, heads, D = qkv.shape
-        n_key = (heads - n_head) // 2
-        out = qkv.new_empty(T, n_head, D)
-        out[sum(layout.lengths) :] = 0
-        words = row_words(dropout) if dropout else ()
-        scale, kept = 1 / math.sqrt(D), 1 / (1 - dropout.p) if dropout else 1.0
-        saved = []
-        for group in layout.groups:
-            parts = _wide(_rectangle(qkv, group)).split([n_head, n_key, n_key])
-            if n_key < n_head:
-                parts = parts[0], *(x.repeat_interleave(n_head // n_key, 0) for x in parts[1:])
-            q, k, v = (x.flatten(0, 1) for x in parts)  # (H * n, L, D)
-            probs = dropped = _probabilities(_product(q, k.mT, scale), group, causal)
-            if dropout is not None:
-                a, b = (_rectangle(w, group).flatten(0, 1)[..., None] for w in words)
-                keep = _keep(a, b, dropout.columns[: group.length], dropout.p, probs.dtype)
-                dropped = keep.mul_(probs)
-            _write_rows(out, _product(dropped, v, kept), group)
-            saved += [q, k, v, probs, dropped]
-        ctx.save_for_backward(*saved)
-        ctx.facts = layout, n_head, n_key, scale, kept
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout: Tensor):
-        layout, n_head, n_key, scale, kept = ctx.facts
-        T, _, D = dout.shape
-        dqkv = dout.new_empty(T, n_head + 2 * n_key, D)
-        dqkv[sum(layout.lengths) :] = 0
-        for i, group in enumerate(layout.groups):
-            q, k, v, probs, dropped = ctx.saved_tensors[5 * i : 5 * i + 5]
-            do = _wide(_rectangle(dout, group))
-            if group.real is not None:
-                do = do * group.real[..., None]  # a padded query has no gradient
-            do = do.flatten(0, 1)
-            ds = _product(do, v.mT, kept).mul_(dropped)  # P * dP: dropped holds P, or 0 where dP is
-            ds.addcmul_(probs, ds.sum(-1, keepdim=True), value=-1)
-            grads = (
-                _product(ds, k, scale),
-                _product(ds.mT, q, scale),
-                _product(dropped.mT, do, kept),
-            )
-            if n_key < n_head:
-                shape = n_key, n_head // n_key, group.n * group.length, D
-                grads = grads[0], *(g.view(shape).sum(1).view(-1, *g.shape[1:]) for g in grads[1:])
-            _write_rows(dqkv, torch.cat(grads), group)
-        return dqkv, None, None, None, None
-
-
-def attention(
-    qkv: Tensor,
-    layout: Layout,
-    n_head: int,
-    causal: bool = False,
-    dropout: Dropout | None = None,
-) -> Tensor:
-    """See `minift.kernels.attention.attention_ref`: (T, H + 2 * Hk, D) -> (T, H, D)."""
-    check_attention(qkv, layout, n_head)
-    return _Attention.apply(qkv, layout, n_head, causal, dropout)
 
 
 # ------------------------------------------------------- between the matmuls

@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "minift/splits.py": {"data"},
     "minift/demo_data.py": {"data"},
     "minift/torch_ops.py": {"kernels"},
-    "minift/ops.py": {"kernels", "torch_ops"},
+    "minift/torch_attention.py": {"kernels"},
+    "minift/ops.py": {"kernels", "torch_attention", "torch_ops"},
     "minift/batch.py": {"ops"},
     "minift/layers.py": {"ops"},
     "minift/bert.py": {"config", "ops", "batch", "layers"},
@@ -137,6 +138,7 @@ def test_every_source_file_has_its_tests():
     shared = {
         "errors": "run",
         "torch_ops": "ops",
+        "torch_attention": "attention",
         "splits": "data",
         "prepare": "run",
         "config": "config",
