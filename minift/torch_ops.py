@@ -293,12 +293,14 @@ def clip_in_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torc
     """The same optimizer of torch, whose step clips first, as that of `minift.kernels.adamw` does.
 
     `grad_norm` is then () fp32, the norm before clipping. On a CPU a step whose norm is not finite
-    is not taken: it finds no gradients, and `skipped`, () int64, counts it.
+    is not taken: it finds no gradients, and `skipped`, () int64, counts it. A fused optimizer
+    clips while it reads the gradients: a pass over memory less.
 
     Args:
         max_grad_norm: gradients of a larger norm are scaled to it.
     """
     optimizer.skipped = torch.zeros((), dtype=torch.int64)
+    fused = optimizer.defaults.get("fused")
 
     def clip(optimizer, *_):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -307,6 +309,8 @@ def clip_in_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torc
         if norm.device.type == "cpu" and not norm.isfinite():
             optimizer.skipped += 1
             optimizer.zero_grad()
+        elif fused:  # it divides by what torch calls the scale of a loss
+            optimizer.grad_scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1)
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
 
