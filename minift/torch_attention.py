@@ -110,8 +110,8 @@ class _Attention(torch.autograd.Function):
         saved, places, ends = [], _places(layout, heads), _places(layout, n_head)
         words = _words(layout, dropout.rows, dropout.columns) if dropout else ()
         for i, group in enumerate(layout.groups):
-            x = _rectangle(qkv, places[i][0], group)
-            q, k, v = _heads(_wide(x), group, n_head, n_key)
+            x = _wide(_rectangle(qkv, places[i][0], group))
+            q, k, v = _heads(x, group, n_head, n_key)
             probs = dropped = _probabilities(_product(q, k.mT, scale), group, causal)
             if dropout is not None:
                 dropped = _dropped(probs, dropout, *words[i])
@@ -131,7 +131,7 @@ class _Attention(torch.autograd.Function):
         places, ends = _places(layout, heads), _places(layout, n_head)
         for i, group in enumerate(layout.groups):
             x, probs, dropped = ctx.saved_tensors[3 * i : 3 * i + 3]
-            q, k, v = _heads(_wide(x), group, n_head, n_key)
+            q, k, v = _heads(x, group, n_head, n_key)
             do = _wide(_rectangle(dout, ends[i][0], group))
             if group.real is not None:  # a padded query has no gradient
                 do = (do.view(n_head, -1, D) * group.real.view(-1, 1)).view_as(do)
