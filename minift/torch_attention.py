@@ -36,7 +36,8 @@ def _places(layout: Layout, heads: int) -> list[tuple[Tensor, Tensor]]:
 @functools.lru_cache(maxsize=1)
 def _words(layout: Layout, rows: Tensor, columns: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(factor, rest) of each group, (n * L * L,) int32: the words of a head, whose own is u, are
-    u * (r0 * x + r2) + (r1 * x + r3) = u * factor + rest."""
+    u * (r0 * x + r2) + (r1 * x + r3) = u * factor + rest. All layers share them: rows and columns
+    of a Dropout are never written to."""
     words = []
     for group in layout.groups:
         n, L = group.n, group.length
@@ -93,8 +94,9 @@ def _probabilities(scores: Tensor, group: Group, causal: bool) -> Tensor:
 def _dropped(probs: Tensor, dropout: Dropout, factor: Tensor, rest: Tensor) -> Tensor:
     """The probabilities (H * n, L, L) that stay, 0 where one goes: not divided by 1 - p."""
     words = torch.addcmul(rest, factor, dropout.places[dropout.site][:, None])
-    keep = words.ge_(threshold(dropout.p)).view(probs.shape)  # 1 or 0, in place: fast where
-    if probs.dtype != torch.float32:  # another dtype is not
+    # 1 or 0, in place: to compare into another dtype takes many times as long.
+    keep = words.ge_(threshold(dropout.p)).view(probs.shape)
+    if probs.dtype != torch.float32:
         return keep * probs
     return keep.mul_(probs.view(torch.int32)).view(torch.float32)  # all bits, or none
 

@@ -394,6 +394,23 @@ def test_dropout_follows_the_token_not_the_batch():
         torch.testing.assert_close(a, b[rows])
 
 
+@pytest.mark.parametrize("lengths", [[5, 5], [3, 6, 4]], ids=["view", "gather"])
+def test_what_is_shared_between_layers_is_not_between_steps(lengths):
+    """Two layouts and two draws of dropout in turn: each sees its own places and its own masks."""
+    inputs = []
+    for order, seed in ((lengths, 1), (lengths[::-1], 1), (lengths, 2)):
+        qkv, dout, layout = make((order, 0, 2, 2, 16), dtype=torch.float32)
+        inputs.append((qkv, dout, layout, drawn(layout, 2, 0.5, seed)))
+    same = inputs[0][2]
+    inputs[2] = (*inputs[2][:2], same, inputs[2][3])  # one layout, another draw
+    for qkv, dout, layout, dropout in [*inputs, *inputs]:
+        keep = dropout_keep(dropout, layout.max_length)
+        actual = run(TORCH.attention, qkv, dout, layout, 2, dropout=dropout)
+        expected = run(attention_ref, qkv, dout, layout, 2, keep=keep, p=0.5)
+        for a, b in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 # ---------------------------------------------------------------- errors
 
 
