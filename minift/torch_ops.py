@@ -310,7 +310,7 @@ def clip_in_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torc
             optimizer.skipped += 1
             optimizer.zero_grad()
         elif fused:  # it divides by what torch calls the scale of a loss
-            optimizer.grad_scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1)
+            optimizer.grad_scale = ((norm + 1e-6) / max_grad_norm).clamp(min=1).float()
         else:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
 
