@@ -289,6 +289,14 @@ def linear_cross_entropy(
     return LinearCrossEntropy.apply(x, weight, bias, job)
 
 
+def _total_norm(grads: list[Tensor]) -> Tensor:
+    """() of all of them together. On a CPU a dot product is twice as fast as torch's norm."""
+    if not grads or grads[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(grads)
+    flat = [g.reshape(-1) for g in grads]
+    return torch.stack([x.dot(x) for x in flat]).sum().sqrt()
+
+
 def clip_in_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.optim.Optimizer:
     """The same optimizer of torch, whose step clips first, as that of `minift.kernels.adamw` does.
 
@@ -304,7 +312,7 @@ def clip_in_step(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torc
 
     def clip(optimizer, *_):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = _total_norm([p.grad for p in parameters if p.grad is not None])
         optimizer.grad_norm = norm
         if norm.device.type == "cpu" and not norm.isfinite():
             optimizer.skipped += 1
