@@ -3,6 +3,7 @@
 import importlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from accuracy import DEVICE
@@ -332,9 +333,16 @@ def test_checkpointing_computes_layers_again(tmp_path, files, layers):
     assert kept[0] - kept[1] > 10 * layers
 
 
-def test_a_sequence_too_long_for_the_model_is_met_before_the_step(files):
-    """Where a replay would look at no length."""
+def test_a_sequence_too_long_for_the_model_is_met_before_the_step(files, tapes):
+    """Where a replay would look at no length: after two steps of the same shape, of 20 and 20."""
+
+    class InOrder(Batches):
+        def order(self, epoch):
+            return np.arange(len(self.examples))
+
     model, _ = fresh(files, 1)
-    examples = [Example([5] * 40, [0] * 40, 1)]
+    examples = [Example([5] * n, [0] * n, 1) for n in (20, 20, 20, 20, 5, 40)]
+    steps = train(model, InOrder(examples, 2), TrainConfig(dtype="bf16"), ops=TRITON)
+    assert [next(steps).graphs for _ in range(2)] == [0, 1]
     with pytest.raises(ValueError, match="expected at most 32 tokens, got 40"):
-        next(train(model, examples))
+        next(steps)
