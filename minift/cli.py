@@ -206,7 +206,7 @@ def keep_memory() -> None:
     """Asks glibc to keep what is freed, for this process; no more is needed at the peak.
 
     It hands large blocks back to the system, and a step of training would fault them in again: for
-    MiniLM, 10,000 pages of zeros a step, a fifth of its time on a CPU.
+    MiniLM, 10,000 pages of zeros a step, a tenth to a fifth of its time on a CPU.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other libraries have none
     if mallopt is not None:
