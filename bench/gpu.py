@@ -51,7 +51,7 @@ TUNE_SECONDS = 45.0  # in less nothing is found
 LEARNING_SECONDS = 300.0  # in less, fine-tuning is timed alone
 TINY = ("--blocks", "2", "--steps", "3", "--warm-up", "2", "--peers", "minift", "transformers")
 LINES, WIDTH = 9, 100  # of the log of a part that failed
-ALL_LINES = 27  # where many failed, each has fewer
+ALL_LINES = 24  # where many failed, each has fewer
 HEADER = ("part", "status", "seconds", "log", "its last line")
 
 
