@@ -51,7 +51,7 @@ TUNE_SECONDS = 45.0  # in less nothing is found
 LEARNING_SECONDS = 300.0  # in less, fine-tuning is timed alone
 TINY = ("--blocks", "2", "--steps", "3", "--warm-up", "2", "--peers", "minift", "transformers")
 LINES, WIDTH = 9, 100  # of the log of a part that failed
-ALL_LINES = 24  # where many failed, each has fewer
+ALL_LINES = 18  # where many failed, each has fewer
 HEADER = ("part", "status", "seconds", "log", "its last line")
 
 
@@ -276,7 +276,7 @@ def report(results: list[Result], out: Path) -> str:
         lines.append("  ".join([*map(str.ljust, cells, widths), last]).rstrip())
     bad = [r for r in results if r.status in ("failed", "timed out")]
     for r in bad:
-        end = tail(out / r.log)[-max(3, ALL_LINES // len(bad)) :]
+        end = tail(out / r.log)[-max(2, ALL_LINES // len(bad)) :]
         lines += ["", f"{r.part} {r.status} ({out / r.log}):", *end]
     return "\n".join(lines)
 
