@@ -34,8 +34,9 @@ from bench.operations import (
     only_on,
 )
 from minift.kernels.attention import attention_ref
+from minift.kernels.attention_step import attention_step_ref
 from minift.kernels.dropout import Dropout, dropout_keep
-from minift.ops import TORCH, Draw, Layout
+from minift.ops import TORCH, Draw, KeyValues, Layout
 
 DENSE = 2048  # keys: whoever holds all scores of longer sequences is left out
 FEW = 32  # sequences: the definition has some launches for each
@@ -46,7 +47,10 @@ def attention_cases(device: torch.device) -> list[Case]:
     """All batches; on a CPU a small share of the tokens, and no long sequences."""
     cuda = device.type == "cuda"
     chosen = batches() if cuda else [b for b in batches(TOKENS // 16) if max(b.lengths) <= 512]
-    return [case for batch in chosen for case in attention(batch, device)]
+    cases = [case for batch in chosen for case in attention(batch, device)]
+    slots = [(1, 1024), (16, 1024), (64, 4096)] if cuda else [(1, 1024), (16, 1024)]
+    shapes = [(*shape, 12, 12, 64) for shape in slots] + [(slots[-1][0], 1024, 16, 4, 128)]
+    return cases + [decoding(*shape, device) for shape in shapes]
 
 
 def quick_cases(device: torch.device) -> list[Case]:
@@ -56,7 +60,8 @@ def quick_cases(device: torch.device) -> list[Case]:
         Batch("2 of 70", (70, 70), 2, 16, Hk=1, causal=True),
         Batch("66, 5", (66, 5), 2, 16, p=0.1),
     ]
-    return [case for batch in chosen for case in attention(batch, device)]
+    cases = [case for batch in chosen for case in attention(batch, device)]
+    return [*cases, decoding(3, 20, 2, 2, 16, device), decoding(2, 150, 4, 2, 16, device)]
 
 
 # ----------------------------------------------------------------- definition
@@ -348,3 +353,42 @@ def attention(batch: Batch, device: torch.device) -> list[Case]:
         )
         for kind in KINDS
     ]  # fmt: skip
+
+
+def decoding(S: int, L: int, H: int, Hk: int, D: int, device: torch.device) -> Case:
+    """A step of S sequences, half full to full. Whoever writes the new key writes the same numbers
+    to the same place in every run."""
+    g = torch.Generator().manual_seed(0)
+    counts = torch.randint(L // 2, L, (S,), generator=g, dtype=torch.int32)
+    lengths, slots = counts.to(device), torch.arange(S, device=device)
+    seen = (torch.arange(L, device=device) <= lengths[:, None])[:, None, None]
+
+    def make() -> Inputs:
+        g = generator(device)
+        cache = (normal(g, (S, Hk, L, D)) for _ in range(2))
+        return Inputs((normal(g, (S, H + 2 * Hk, D)), *cache), ())
+
+    def by_sdpa(qkv: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k_new, v_new = qkv.split([H, Hk, Hk], dim=1)
+        k[slots, :, lengths], v[slots, :, lengths] = k_new, v_new
+        q = q[:, :, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=Hk != H)
+        return out[:, :, 0]
+
+    def step(fn: Callable) -> Callable:
+        return lambda qkv, k, v: fn(qkv, KeyValues(k, v), lengths)
+
+    waits = "left out: it waits for the lengths" if device.type == "cuda" else ""
+    functions = {
+        "definition": step(lambda *args: attention_step_ref(*args)[0]),
+        "torch": left_out(step(TORCH.attention_step_), waits),
+        "torch.compile": compiled(by_sdpa),
+        "sdpa padded": by_sdpa,
+        "ours": step(kernel("attention_step", "attention_step_")),
+    }
+    moved = 4 * D * (Hk * (int(counts.sum()) + 2 * S) + S * H)
+    return Case(
+        "attention_step", f"{S} x {L}, {H} heads of {D}, {Hk} of keys, bf16", "forward", make,
+        {name: PASSES["forward"](fn) for name, fn in functions.items()}, moved,
+        untimed={"definition": "it waits for the lengths"} if waits else {},
+    )  # fmt: skip

@@ -108,10 +108,10 @@ def key_range(
 
 
 def aligned(*tensors: Tensor) -> bool:
-    """Whether the compiler must be told that rows of each (T, heads, D) begin at multiples of 16
+    """Whether the compiler must be told that rows of each (..., D) begin at multiples of 16
     bytes. It sees so by itself where strides are multiples of 16, as a rule with D."""
-    D = tensors[0].shape[2]
-    rows = (x.data_ptr() % 16 == 0 and not any(n % 8 for n in x.stride()[:2]) for x in tensors)
+    D = tensors[0].shape[-1]
+    rows = (x.data_ptr() % 16 == 0 and not any(n % 8 for n in x.stride()[:-1]) for x in tensors)
     return D % 16 == 8 and all(rows)
 
 

@@ -16,11 +16,13 @@ from .kernels.adamw import AdamW
 from .kernels.add_norm import Norm, add_norm
 from .kernels.attention import attention
 from .kernels.attention import attention_probs as attention_probs_of
+from .kernels.attention_step import attention_step_
 from .kernels.bias_gelu import bias_gelu
 from .kernels.cross_entropy import IGNORE_INDEX, cross_entropy
 from .kernels.dropout import Draw, Dropout, draw_dropout, draw_dropout_ref, drop
 from .kernels.embed import embed
 from .kernels.embed_order import EmbedOrder
+from .kernels.key_values import KeyValues, fill_
 from .kernels.layout import Layout
 from .kernels.linear_cross_entropy import linear_cross_entropy
 from .kernels.table_gradients import TableGradients
@@ -35,6 +37,7 @@ __all__ = [
     "Draw",
     "Dropout",
     "EmbedOrder",
+    "KeyValues",
     "Layout",
     "Norm",
     "Ops",
@@ -42,6 +45,7 @@ __all__ = [
     "TargetReport",
     "attention_probs_of",
     "clip_in_step",
+    "fill_",
     "ops_for",
 ]
 
@@ -52,6 +56,7 @@ class Ops:
 
     draw_dropout: Callable
     attention: Callable
+    attention_step_: Callable
     add_norm: Callable
     bias_gelu: Callable
     embed: Callable
@@ -70,6 +75,7 @@ def _adamw(groups, betas, eps, max_grad_norm, masters=None):
 TORCH = Ops(
     draw_dropout=draw_dropout_ref,
     attention=torch_attention.attention,
+    attention_step_=torch_attention.attention_step_,
     add_norm=torch_ops.add_norm,
     bias_gelu=torch_ops.bias_gelu,
     embed=torch_ops.embed,
@@ -82,6 +88,7 @@ TORCH = Ops(
 TRITON = Ops(
     draw_dropout=draw_dropout,
     attention=attention,
+    attention_step_=attention_step_,
     add_norm=add_norm,
     bias_gelu=bias_gelu,
     embed=embed,

@@ -5,7 +5,7 @@ speed: dropout is a multiply-add and a compare an element, and masks are made in
 they multiply (a bool operand is many times slower).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -221,33 +221,51 @@ def _listed(x: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
 
 
 def _losses(logits: Tensor, targets: Tensor, report: None) -> Tensor:
-    return torch.cat([loss for loss, *_ in _in_cache(logits, targets)])
+    losses = []
+    for part, t, ignored in _in_cache(logits, targets):
+        _, loss = _probabilities(logits[part], t)
+        losses.append(loss.masked_fill_(ignored, 0)[:, 0])
+    return torch.cat(losses)
 
 
 def _losses_(logits: Tensor, targets: Tensor, scale: Tensor | None, report: None) -> Tensor:
     """(n,) losses; `logits` become the gradient of their sum, times `scale`."""
     losses = []
-    for loss, logp, part, t, ignored in _in_cache(logits, targets):
-        losses.append(loss)
-        dx = logp.exp_().scatter_add_(1, t, logp.new_full((), -1).expand(t.shape))
+    for part, t, ignored in _in_cache(logits, targets):
+        dx, loss = _probabilities(logits[part], t)
+        losses.append(loss.masked_fill_(ignored, 0)[:, 0])
+        dx.scatter_add_(1, t, dx.new_full((), -1).expand(t.shape))
         if scale is not None:
             dx.mul_(scale[part, None])
-        logits[part] = dx.masked_fill_(ignored, 0)
+        if logits.device.type != "cpu" or ignored.any():
+            dx.masked_fill_(ignored, 0)
+        logits[part] = dx
     return torch.cat(losses)
 
 
-def _in_cache(logits: Tensor, targets: Tensor):
-    """(losses, log p, where, targets, ignored) of a few rows in turn, which on a CPU are still in
-    the cache when they are wanted again; the last two (rows, 1)."""
+def _probabilities(logits: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, V) wide, and (rows, 1) minus the log of those of the targets. Logs of all of them are
+    a pass more, which on a CPU is only made where a target's probability may underflow."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if logits.device.type == "cpu":
+        p = logits.softmax(-1, dtype=wide)
+        p_t = p.gather(1, t)
+        if not (p_t < 1e-30).any():
+            return p, p_t.log_().neg_()
+    logp = logits.log_softmax(-1, dtype=wide)
+    loss = logp.gather(1, t).neg_()
+    return logp.exp_(), loss
+
+
+def _in_cache(logits: Tensor, targets: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(where, targets, ignored) of a few rows in turn, which on a CPU are still in the cache when
+    they are wanted again; the last two (rows, 1)."""
     N, V = logits.shape
     step = max(1, IN_CACHE // V) if logits.device.type == "cpu" else max(N, 1)
     for start in range(0, max(N, 1), step):
         part = slice(start, min(N, start + step))
         ignored = (targets[part] == IGNORE_INDEX)[:, None]
-        t = targets[part, None].masked_fill(ignored, 0)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        logp = logits[part].log_softmax(-1, dtype=wide)
-        yield logp.gather(1, t).neg_().masked_fill_(ignored, 0)[:, 0], logp, part, t, ignored
+        yield part, targets[part, None].masked_fill(ignored, 0), ignored
 
 
 def _scale_(grads: list[Tensor | None], scale: Tensor) -> None:

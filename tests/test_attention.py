@@ -7,6 +7,7 @@ from accuracy import DEVICE, assert_as_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minift import torch_attention
 from minift.kernels.attention import attention_kv_ref, attention_ref
 from minift.kernels.dropout import dropout_keep
 from minift.ops import TORCH, Draw, Layout
@@ -239,6 +240,81 @@ def test_expanded_gradient_and_strided_input_are_read_right():
         fn(leaf.permute(1, 2, 0)[:, 1:7], layout, 2).sum().backward()
         grads.append(leaf.grad)
     torch.testing.assert_close(*grads)
+
+
+# ---------------------------------------------------------------- long sequences
+
+
+@pytest.fixture
+def long(monkeypatch):
+    """Every sequence counts as long, and is cut in pieces of few queries and few pairs."""
+    small = {"LONG": 0, "LONG_DROPPED": 0, "BLOCK": 4, "PIECE": 64}
+    for name, value in small.items():
+        monkeypatch.setattr(torch_attention, name, value)
+
+
+@cases
+@causality
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.usefixtures("long")
+def test_long_sequences_in_fp64_equal_the_definition(case, causal, p):
+    """Pieces of the last queries, of the last pairs, of one query; shared keys; the same masks."""
+    actual, _, exact, _, _ = both(case, causal, p)
+    for a, e in zip(actual, exact, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-11, atol=1e-12)
+
+
+@causality
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_long_sequences_are_as_accurate_as_the_definition(causal, dtype, p):
+    """As they are cut in earnest."""
+    lengths = [130, 550] if p else [130, 200]
+    assert max(lengths) > (torch_attention.LONG_DROPPED if p else torch_attention.LONG)
+    actual, same, exact, qkv, dout = both((lengths, 3, 2, 1, 64), causal, p, dtype)
+    scale = max(qkv.abs().max().item(), dout.abs().max().item()) / (1 - p)
+    for a, s, e in zip(actual, same, exact, strict=True):
+        assert a.dtype == dtype
+        assert_as_accurate(a, s, e, scale)
+
+
+@pytest.mark.usefixtures("long", "nan_memory")
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("lengths", [[9], [6, 6], [4, 9, 7]], ids=str)
+def test_long_sequences_see_neither_future_nor_slack(lengths, p):
+    """Bitwise, forward and backward: what later tokens and slack rows hold changes nothing before
+    them, and no gradient flows there."""
+    case = (lengths, 2, 4, 2, 16)
+    qkv, dout, layout = make(case, dtype=torch.float32)
+    dropout = drawn(layout, 4, p) if p else None
+    first, used = layout.first.tolist(), sum(lengths)
+    half = [first[b] + length // 2 for b, length in enumerate(lengths)]
+    past = [r for b in range(len(lengths)) for r in range(first[b], half[b])]
+    future = sorted({*range(used)} - {*past})
+    dout[future] = 0
+    before = run(TORCH.attention, qkv, dout, layout, 4, causal=True, dropout=dropout)
+    qkv[future] = 7 - qkv[future]
+    qkv[used:] = dout[used:] = torch.nan
+    after = run(TORCH.attention, qkv, dout, layout, 4, causal=True, dropout=dropout)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[past], b[past])
+        assert not b[used:].any()
+    assert not torch.equal(before[0][future], after[0][future])
+    assert not after[1][future].any()
+    again = run(TORCH.attention, qkv, dout, layout, 4, causal=True, dropout=dropout)
+    for a, b in zip(after, again, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1], ids=["", "dropout"])
+def test_of_long_sequences_no_scores_are_kept(p):
+    """What backward reads is a few times as large as what came in, not length times as large."""
+    qkv, _, layout = make(([600], 0, 2, 2, 16), dtype=torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()), lambda x: x):
+        leaf = qkv.requires_grad_()
+        TORCH.attention(leaf, layout, 2, True, drawn(layout, 2, p) if p else None)
+    assert 0 < sum(kept) <= 3 * qkv.numel()
 
 
 # ---------------------------------------------------------------- slack rows

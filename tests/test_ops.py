@@ -48,7 +48,8 @@ def tiny():
     """(model, batch, draw)"""
     config = ModelConfig(
         vocab_size=20, max_len=8, n_types=2, dim=8, n_layer=1, n_head=2, ffn_dim=16,
-        activation="gelu_erf", norm_eps=1e-12, hidden_dropout=0.1, attention_dropout=0.1,
+        activation="gelu_erf", norm_eps=1e-12,
+        embedding_dropout=0.1, hidden_dropout=0.1, attention_dropout=0.1,
         classifier_dropout=0.1, init_std=0.5, labels=("a", "b"),
     )  # fmt: skip
     model = BertClassifier(config)
@@ -79,8 +80,10 @@ def test_model_takes_this_operation_from_its_table(name):
 
 
 def test_every_other_operation_is_the_trainers():
-    """So the list above is complete; of a language model's head linear_cross_entropy is a part."""
-    assert {*NAMES} == {*IN_MODEL, "cross_entropy", "linear_cross_entropy", "adamw"}
+    """Or a decoder's; so the list above is complete. Of a language model's head
+    linear_cross_entropy is a part."""
+    others = {"cross_entropy", "linear_cross_entropy", "adamw", "attention_step_"}
+    assert {*NAMES} == {*IN_MODEL, *others}
     _, batch, _ = tiny()
     logits = torch.zeros(2, 2, device=DEVICE)
     task = Classification(("a", "b"))
