@@ -3,7 +3,9 @@
     tokens     101 2023 102 | 101 2054 1037 3185 102       (T,)  sequences end to end
     positions    0    1   2 |   0    1    2    3   4       (T,)
     layout     cu_seqlens (0, 3, 8), first (0, 3), ...     every index an operation needs
-    targets         1       |          0                   (B,)
+    targets         1       |          0                   (B,)  one a sequence, or
+               101         2054 1037 3185 102              (N,)  of the tokens at rows `at`
+    at              1           4    5    6   7            (N,)
 
 All tensors of a batch lie in one piece of memory, so that one copy moves it, and training batches
 of one `shape` lie there alike. A training batch has as many sequences as any other: to a short one
@@ -14,7 +16,7 @@ random state. An example's number in its step travels in `key`, for dropout.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
 
@@ -27,12 +29,13 @@ from .ops import IGNORE_INDEX, EmbedOrder, Layout
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One sequence of token ids with its answer."""
+    """Token ids with their answer: one sequence, or several that share a place in a batch."""
 
     tokens: Sequence[int]
-    types: Sequence[int]  # 0 for the first text, 1 for the second
-    target: int  # number of the label; -100: none
+    types: Sequence[int]  # 0 for the first text, 1 for the second; (): all 0
+    target: int | Sequence[int]  # a label's number, or one for each token; -100: none
     cut: bool = False  # the text was longer
+    lengths: tuple[int, ...] = ()  # of its sequences; (): it is one
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,10 +46,11 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in every sequence
     types: Tensor  # (T,) int64
     key: Tensor  # (T,) int64: number of the example in its step << 32 | position
-    targets: Tensor  # (B,) int64; of an empty sequence IGNORE_INDEX
+    targets: Tensor  # (B,), (N,) or (T,) int64; where there is none, IGNORE_INDEX
+    at: Tensor | None  # (N,) int64: rows of the targets; None: targets of sequences, or of all rows
     layout: Layout
     order: EmbedOrder | None  # by tokens, positions, types, and one type for all; to train
-    rows: tuple[int, ...]  # which examples of the data these are; empty sequences are none
+    rows: tuple[int, ...]  # of each sequence, which example of the data; of empty ones none
     memory: Tensor  # (bytes,) uint8: where all tensors lie
 
     @property
@@ -54,7 +58,9 @@ class Batch:
         """Batches of one shape have tensors of the same sizes at the same places in `memory`."""
         layout = self.layout
         spans = map(len, (layout.short, layout.long, layout.long_keys))
-        return layout.rows, len(self.targets), layout.longest, *spans, int(self.order is not None)
+        listed = -1 if self.at is None else len(self.at)
+        sizes = layout.rows, len(layout.lengths), len(self.targets), listed, layout.longest
+        return *sizes, *spans, int(self.order is not None)
 
     def within(self, memory: Tensor) -> "Batch":
         """The same batch with its tensors in `memory`, which holds its bytes or soon will.
@@ -68,10 +74,10 @@ class Batch:
         if memory.dtype != torch.uint8 or memory.shape != self.memory.shape:
             expected, found = (f"{tuple(x.shape)} {x.dtype}" for x in (self.memory, memory))
             raise ValueError(f"expected memory {expected}, got {found}")
-        tensors = [getattr(self, name) for name in OWN]
+        tensors = [x for name in OWN if (x := getattr(self, name)) is not None]
         tensors += [getattr(self.layout, name) for name in OF_LAYOUT]
         tensors += [self.order.words] if self.order else []
-        return _within(memory, tensors, self.layout, self.order, self.rows)
+        return _within(memory, tensors, self)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, by one copy; one of pinned memory does not wait."""
@@ -83,11 +89,12 @@ class Batch:
         return self.within(self.memory.pin_memory())
 
 
-OWN = "tokens", "positions", "types", "key", "targets"
+DENSE = 0.9  # share of tokens with a target above which listing them spares nothing
+OWN = "tokens", "positions", "types", "key", "targets", "at"
 OF_LAYOUT = "first", "last", "cu_seqlens", "short", "long", "long_keys"
 
 
-def _within(memory, like, layout, order, rows):
+def _within(memory, like, batch):
     """The batch whose tensors, of the sizes of `like`, follow each other in memory."""
     flat = {x.itemsize: x for x in (memory.view(torch.int64), memory.view(torch.int32))}
     places = accumulate((_room(x) for x in like), initial=memory.storage_offset())
@@ -95,9 +102,11 @@ def _within(memory, like, layout, order, rows):
         flat[x.itemsize].as_strided(x.shape, (*x.shape[1:], 1), at // x.itemsize)
         for at, x in zip(places, like, strict=False)
     )
-    own, of_layout = (dict(zip(names, views, strict=False)) for names in (OWN, OF_LAYOUT))
-    order = order and replace(order, words=next(views))
-    return Batch(layout=replace(layout, **of_layout), order=order, rows=rows, memory=memory, **own)
+    names = [name for name in OWN if name != "at" or batch.at is not None]
+    own, of_layout = (dict(zip(part, views, strict=False)) for part in (names, OF_LAYOUT))
+    order = batch.order and replace(batch.order, words=next(views))
+    layout = replace(batch.layout, **of_layout)
+    return replace(batch, **own, layout=layout, order=order, memory=memory)
 
 
 def _room(x: Tensor | np.ndarray) -> int:
@@ -105,13 +114,14 @@ def _room(x: Tensor | np.ndarray) -> int:
     return -(-x.nbytes // 16) * 16
 
 
-def bucket(tokens: int) -> int:
-    """Rows for so many tokens, at most 1 in 16 more, in steps of a 16th of the power of two below.
+def bucket(tokens: int, parts: int = 16) -> int:
+    """Rows for so many tokens, at most 1 in 16 more, in steps of a 16th of the power of two below;
+    or of another part of it.
 
     Few different numbers: a matmul of a new shape costs oneDNN 4 to 15 ms on a CPU (measured), and
     a GPU a captured graph. All are multiples of 16, as tensor cores like them.
     """
-    step = max(16, 1 << max(tokens, 1).bit_length() >> 5)
+    step = max(16, (1 << max(tokens, 1).bit_length() - 1) // parts)
     return -(-tokens // step) * step
 
 
@@ -133,36 +143,71 @@ def collate(
         sequences: to train, the batch is filled up to so many with empty ones.
     """
     chosen = [examples[row] for row in rows]
-    lengths = [len(example.tokens) for example in chosen]
-    by_length = sorted(range(len(rows)), key=lengths.__getitem__)  # stable
-    chosen, lengths = ([x[i] for i in by_length] for x in (chosen, lengths))
-    total = sum(lengths)
-    T, count, longest = bucket(total), len(rows), 1 << (max([64, *lengths]) - 1).bit_length()
-    size = (max(sequences, count), longest) if train else None
-    layout = Layout.pack(lengths, T, bucket=size)
+    # Which example, where in it, and how long: sequences of a batch, the shortest first.
+    pieces = [(i, *piece) for i, example in enumerate(chosen) for piece in _pieces(example)]
+    pieces.sort(key=lambda piece: piece[2])
+    of, begins, lengths = zip(*pieces, strict=True) if pieces else ((), (), ())
+    total, count = sum(lengths), len(pieces)
+    T, longest = bucket(total), 1 << (max([64, *lengths]) - 1).bit_length()
+    room = max(sequences, count if count == len(rows) else 1 << (count - 1).bit_length())
+    layout = Layout.pack(lengths, T, bucket=(room, longest) if train else None)
 
     ids = np.zeros((5, T), np.int64)
     tokens, positions, types, _, key = ids
-    tokens[:total] = _joined([example.tokens for example in chosen])
-    types[:total] = _joined([example.types for example in chosen])
-    number = np.array(by_length, np.int64) + first
-    start = (number << 32) - layout.first.numpy()[:count]
-    key[:total] = start.repeat(lengths) + np.arange(total)
-    np.bitwise_and(key, 0xFFFF_FFFF, out=positions)
-    targets = np.full(len(layout.lengths), IGNORE_INDEX, np.int64)
-    targets[:count] = [example.target for example in chosen]
+    tokens[:total] = _joined([_part(chosen[i].tokens, b, n) for i, b, n in pieces])
+    if chosen and len(chosen[0].types):
+        types[:total] = _joined([_part(chosen[i].types, b, n) for i, b, n in pieces])
+    place = np.arange(total)
+    begin, start = np.array(begins, np.int64), layout.first.numpy()[:count]
+    positions[:total] = place - start.repeat(lengths)
+    number = np.array(of, np.int64) + first
+    key[:total] = ((number << 32) + begin - start).repeat(lengths) + place
+    targets, at = _targets(chosen, pieces, T, len(layout.lengths))
 
     order = EmbedOrder.sort(torch.from_numpy(ids[:4])) if train else None
-    arrays = [tokens, positions, types, key, targets]
+    arrays = [tokens, positions, types, key, targets] + ([] if at is None else [at])
     arrays += [getattr(layout, name).numpy() for name in OF_LAYOUT]
     arrays += [order.words.numpy()] if train else []
     memory = bytearray().join([part for x in arrays for part in (x, bytes(_room(x) - x.nbytes))])
     memory = torch.frombuffer(memory, dtype=torch.uint8)
-    return _within(memory, arrays, layout, order, tuple(rows[i] for i in by_length))
+    numbers = tuple(rows[i] for i in of)
+    batch = Batch(tokens, positions, types, key, targets, at, layout, order, numbers, memory)
+    return _within(memory, arrays, batch)
+
+
+def _pieces(example: Example) -> list[tuple[int, int]]:
+    """Begin and length of each sequence in it."""
+    if not example.lengths:
+        return [(0, len(example.tokens))]
+    return list(zip(accumulate(example.lengths, initial=0), example.lengths, strict=False))
+
+
+def _part(values: Sequence[int], begin: int, length: int) -> Sequence[int]:
+    return values if len(values) == length else values[begin : begin + length]
+
+
+def _targets(chosen, pieces, T, sequences):
+    """Targets, and the rows that they are listed for; where most rows have one, all are there."""
+    if not chosen or isinstance(chosen[0].target, int):
+        targets = np.full(sequences, IGNORE_INDEX, np.int64)
+        targets[: len(pieces)] = [chosen[i].target for i, *_ in pieces]
+        return targets, None
+    wide = np.full(T, IGNORE_INDEX, np.int64)
+    joined = _joined([_part(chosen[i].target, b, n) for i, b, n in pieces])
+    wide[: len(joined)] = joined
+    at = np.flatnonzero(wide != IGNORE_INDEX)
+    if len(at) > DENSE * len(joined):
+        return wide, None
+    room = bucket(len(at), 8)  # beside the number of rows: few of both, fewer pairs
+    targets, rows = np.full(room, IGNORE_INDEX, np.int64), np.zeros(room, np.int64)
+    targets[: len(at)], rows[: len(at)] = wide[at], at
+    return targets, rows
 
 
 def _joined(parts):
     """One after the other: `encode` makes arrays, which are ten times as fast as lists."""
+    if parts and all(isinstance(part, np.ndarray) for part in parts):
+        return np.concatenate(parts)
     kinds = {getattr(part, "typecode", "") for part in parts}
     if len(kinds) == 1 and kinds != {""}:
         return np.frombuffer(b"".join(parts), kinds.pop())
@@ -183,6 +228,8 @@ class Batches:
     batch_size: int  # sequences in a micro-batch
     accumulation: int = 1  # micro-batches in a step
     seed: int = 0
+    # What the examples of an epoch are, if they are not the same in all: as many, a function of it.
+    vary: Callable[[int], Sequence[Example]] | None = None
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch; the last may be short."""
@@ -197,18 +244,19 @@ class Batches:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step of an epoch, from step `start` on."""
         order = self.order(epoch).tolist()
+        examples = self.vary(epoch) if self.vary else self.examples
         size = self.batch_size * self.accumulation
         for k in range(start, len(self)):
             rows = order[k * size : (k + 1) * size]
             yield [
-                collate(self.examples, rows[i : i + self.batch_size], i, True, self.batch_size)
+                collate(examples, rows[i : i + self.batch_size], i, True, self.batch_size)
                 for i in range(0, len(rows), self.batch_size)
             ]
 
     def buckets(self) -> tuple[int, float]:
         """Of the first epoch: how many numbers of rows its batches have, and the share of all rows
         that belong to no sequence."""
-        lengths = np.array([len(example.tokens) for example in self.examples])[self.order(0)]
+        lengths = np.array(lengths_of(self.examples))[self.order(0)]
         step = self.batch_size * self.accumulation
         begins = [i for k in range(0, len(lengths), step)
                   for i in range(k, min(k + step, len(lengths)), self.batch_size)]  # fmt: skip
@@ -216,14 +264,21 @@ class Batches:
         return len(set(rows)), 1 - int(lengths.sum()) / sum(rows)
 
 
+def lengths_of(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each example; a sequence that makes them on demand may say so by itself."""
+    known = getattr(examples, "lengths", None)
+    return [len(example.tokens) for example in examples] if known is None else known
+
+
 def evaluation_batches(examples: Sequence[Example], tokens: int = 4096) -> Iterator[Batch]:
     """All examples, those of like length together, at most `tokens` in a batch (or one example)."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
+    lengths = lengths_of(examples)
+    order = sorted(range(len(examples)), key=lengths.__getitem__)
     begin = total = 0
     for end, i in enumerate(order):
-        total += len(examples[i].tokens)
+        total += lengths[i]
         if total > tokens and end > begin:
             yield collate(examples, order[begin:end])
-            begin, total = end, len(examples[i].tokens)
+            begin, total = end, lengths[i]
     if order:
         yield collate(examples, order[begin:])

@@ -1,4 +1,5 @@
-"""BERT over packed sequences: an encoder of post-norm blocks, and a classifier on its first token.
+"""BERT over packed sequences: an encoder of post-norm blocks, a classifier on its first token, and
+the head that fills in masked words.
 
 RoBERTa and DistilBERT are the same model with other settings: see families.py. Devlin et al. 2018,
 arXiv:1810.04805. T packed tokens, C wide, H heads of D, B sequences.
@@ -6,11 +7,23 @@ arXiv:1810.04805. T packed tokens, C wide, H heads of D, B sequences.
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .batch import Batch, check_length
 from .config import ModelConfig
-from .layers import MLP, Attention, Embedding, LayerNorm, Linear, linear, matmul, norm
+from .layers import (
+    MLP,
+    Attention,
+    Body,
+    Embedding,
+    LayerNorm,
+    Linear,
+    Projected,
+    Projection,
+    linear,
+    matmul,
+    norm,
+    run_block,
+)
 from .ops import Draw, Dropout, Layout, Ops, ops_for
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}  # between the head's two layers
@@ -64,22 +77,13 @@ class Block(nn.Module):
         return ops.add_norm(h, residual, norm(self.mlp.norm), bias, drop, post=True)
 
 
-class Bert(nn.Module):
+class Bert(Body):
     """Tokens to hidden states."""
 
     def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
-
-    def draw(self, draw: Draw | None, batch: Batch, ops: Ops) -> Dropout | None:
-        """The dropout of a step: places are the embeddings', three a block, and the head's two."""
-        if draw is None:
-            return None
-        columns = max(self.config.dim, batch.layout.longest)
-        sites = 3 + 3 * self.config.n_layer
-        return ops.draw_dropout(draw, batch.key, columns, sites, self.config.n_head)
 
     def embed(self, batch: Batch, ops: Ops, dtype: torch.dtype, drop: Dropout | None) -> Tensor:
         """(T, C) the input of the first block."""
@@ -112,8 +116,7 @@ class Bert(nn.Module):
             dtype: of activations and products.
             dropout: this step's, from `draw`; None drops nothing.
             rows: (N,) int64 rows that are wanted: the last layer computes no others.
-            checkpointing: keep the input of each layer alone, which backward computes again. No
-                random state is needed for that: dropout is keyed.
+            checkpointing: keep the input of each layer alone, which backward computes again.
 
         Returns:
             (T, C), or (N, C) when `rows` is given.
@@ -124,17 +127,12 @@ class Bert(nn.Module):
         config = self.config
         check_length(batch.layout, config.max_len)
         ops = ops or ops_for(batch.tokens.device)
-        x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.hidden_dropout))
+        x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.embedding_dropout))
         residual = x
         for i, block in enumerate(self.layers):
             wanted = rows if i == config.n_layer - 1 else None
             given = x, residual, batch.layout, ops, dropout, wanted
-            if checkpointing:
-                x, residual = checkpoint(
-                    block, *given, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x, residual = block(*given)
+            x, residual = run_block(block, checkpointing, *given)
         return x
 
 
@@ -183,3 +181,42 @@ class BertClassifier(nn.Module):
         x = ACTIVATIONS[kind.activation](linear(x, self.pooler))
         x = ops.drop(x, dropout and dropout.at(site, p, first))
         return linear(x, self.head)  # (B, labels)
+
+
+class MaskedHead(nn.Module):
+    """A dense layer, its activation and a norm; the projection is the word table's, with a bias."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.dense = Projection(config.dim, config.dim)
+        self.norm = LayerNorm(config.dim, config.norm_eps)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+
+class BertMasked(nn.Module):
+    """The words that stood at some rows, as logits over the vocabulary."""
+
+    head_groups = ("head",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.head = MaskedHead(config)
+
+    def forward(
+        self,
+        batch: Batch,
+        ops: Ops | None = None,
+        dtype: torch.dtype = torch.float32,
+        draw: Draw | None = None,
+        checkpointing: bool = False,
+    ) -> Projected:
+        """Logits of the rows `batch.at`, not multiplied out; arguments as `BertClassifier`'s."""
+        config, head, ops = self.config, self.head, ops or ops_for(batch.tokens.device)
+        dropout = self.bert.draw(draw, batch, ops)
+        x = self.bert(batch, ops, dtype, dropout, batch.at, checkpointing)  # (N, C)
+        kind = config.kind.lm_head.activation or config.activation
+        h = ops.bias_gelu(matmul(x, head.dense), head.dense.bias, kind)
+        h, _ = ops.add_norm(h, None, norm(head.norm))
+        return Projected(h, self.bert.embeddings.word.weight, head.bias, config.vocab_size)

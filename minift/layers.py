@@ -3,36 +3,43 @@ its input, the one cast a step. Biases go where the fused operations want them."
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from .ops import Norm
+from .batch import Batch
+from .config import ModelConfig
+from .ops import Draw, Dropout, Norm, Ops
 
 # Torch's own Linear, Embedding and LayerNorm draw random weights from the global generator when
 # they are made. These hold storage and nothing else: a file or `init_weights` fills it.
 
 
 class Linear(nn.Module):
-    """weight (n_out, n_in) and bias (n_out,)."""
+    """weight (n_out, n_in) and, if it has one, bias (n_out,)."""
 
-    def __init__(self, n_in: int, n_out: int):
+    def __init__(self, n_in: int, n_out: int, bias: bool = True):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
-        self.bias = nn.Parameter(torch.empty(n_out))
+        self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
 
 class Projection(Linear):
     """A Linear whose bias is added by the operation that follows the product, in fp32."""
 
+    gain = 1.0  # on the deviation of random weights
+
 
 class Embedding(nn.Module):
-    """weight (rows, dim)."""
+    """weight (rows + padding, dim); the rows of the padding stand for nothing and are 0."""
 
-    def __init__(self, rows: int, dim: int):
+    def __init__(self, rows: int, dim: int, padding: int = 0):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, dim))
+        self.rows = rows
+        self.weight = nn.Parameter(torch.empty(rows + padding, dim))
 
 
 class LayerNorm(nn.Module):
@@ -47,7 +54,8 @@ class LayerNorm(nn.Module):
 
 def linear(x: Tensor, layer: Linear) -> Tensor:
     """x W^T + b in the dtype of `x`."""
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+    bias = None if layer.bias is None else layer.bias.to(x.dtype)
+    return F.linear(x, layer.weight.to(x.dtype), bias)
 
 
 def matmul(x: Tensor, layer: Projection) -> Tensor:
@@ -78,6 +86,44 @@ class MLP(nn.Module):
         self.up = Projection(dim, ffn_dim)
         self.down = Projection(ffn_dim, dim)
         self.norm = LayerNorm(dim, eps)
+
+
+class Projected(NamedTuple):
+    """Logits x W^T + bias that are not multiplied out: the loss does that, a piece at a time."""
+
+    x: Tensor  # (N, C)
+    weight: Tensor  # (V, C)
+    bias: Tensor | None  # (V,)
+    vocab: int  # rows of the weight that are tokens, from the first
+
+    def logits(self) -> Tensor:
+        """(N, vocab) in the dtype of `x`."""
+        weight, bias = self.weight[: self.vocab].to(self.x.dtype), self.bias
+        return F.linear(self.x, weight, None if bias is None else bias.to(self.x.dtype))
+
+
+class Body(nn.Module):
+    """Tokens to hidden states: what a head stands on."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+
+    def draw(self, draw: Draw | None, batch: Batch, ops: Ops) -> Dropout | None:
+        """The dropout of a step: places are the embeddings', three a block, and a head's two."""
+        if draw is None:
+            return None
+        columns = max(self.config.dim, batch.layout.longest)
+        sites = 3 + 3 * self.config.n_layer
+        return ops.draw_dropout(draw, batch.key, columns, sites, self.config.n_head)
+
+
+def run_block(block: nn.Module, checkpointing: bool, *given) -> tuple[Tensor, Tensor]:
+    """block(*given). `checkpointing` keeps what is given alone, and backward computes the block
+    again: no random state is needed for that, dropout is keyed."""
+    if checkpointing:
+        return checkpoint(block, *given, use_reentrant=False, preserve_rng_state=False)
+    return block(*given)
 
 
 class Shadows:
@@ -147,15 +193,18 @@ def _is_cast(layer: nn.Module, part: str) -> bool:
 
 @torch.no_grad()
 def init_weights(module: nn.Module, std: float, seed: int) -> None:
-    """Random weights as BERT's: normal(0, std) matrices, zero biases, unit norms.
+    """Random weights as BERT's and GPT-2's: normal(0, std) matrices, zero biases, unit norms.
 
     A function of `seed`: torch's global generator is neither read nor moved.
     """
     generator = torch.Generator().manual_seed(seed)
     for layer in module.modules():
         if isinstance(layer, Linear | Embedding):
-            layer.weight.normal_(0, std, generator=generator)
+            gain = layer.gain if isinstance(layer, Projection) else 1.0
+            layer.weight.normal_(0, std * gain, generator=generator)
+        if isinstance(layer, Embedding):
+            layer.weight[layer.rows :].zero_()
         if isinstance(layer, LayerNorm):
             layer.weight.fill_(1)
-        if isinstance(layer, Linear | LayerNorm):
+        if isinstance(layer, Linear | LayerNorm) and layer.bias is not None:
             layer.bias.zero_()

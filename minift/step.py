@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .layers import Shadows
 from .ops import Draw, Ops, TableGradients, TargetReport
-from .tasks.classification import Classification
+from .tasks.task import Task
 
 
 @dataclass(eq=False)
@@ -37,7 +37,7 @@ class Gradients:
     """
 
     model: nn.Module
-    task: Classification
+    task: Task
     ops: Ops
     dtype: torch.dtype  # of activations and products
     draw: Draw
@@ -69,9 +69,13 @@ class Gradients:
             batch = replace(batch, order=replace(batch.order, gradients=self.tables))
         with self.shadows.standing() if self.shadows else nullcontext():
             logits = self.model(batch, self.ops, self.dtype, self.draw, self.checkpointing)
-            total = self.task.loss(logits, batch, self.ops, self.report)
-            total.backward(self.scale)  # no kernel multiplies: it is the gradient from above
-        self.loss.addcmul_(total.detach(), self.scale)
+            total = self.task.loss(logits, batch, self.ops, self.report, self.scale)
+            # No kernel multiplies: the scale is the gradient from above, if the loss has it not.
+            total.backward(None if self.task.scales else self.scale)
+        if self.task.scales:
+            self.loss.add_(total.detach())
+        else:
+            self.loss.addcmul_(total.detach(), self.scale)
         self.tables.settle()
         if self.several:
             self._keep()

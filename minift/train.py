@@ -25,6 +25,8 @@ from .optim import make_optimizer, schedule
 from .prefetch import prefetched
 from .step import CudaGraphs, Gradients, Numbers, OptimizerStep
 from .tasks.classification import Classification
+from .tasks.language import LanguageModel
+from .tasks.task import Task
 
 
 class Diverged(RuntimeError):
@@ -120,7 +122,7 @@ def train(
     model: nn.Module,
     batches: Batches | Sequence[Example],
     config: TrainConfig | None = None,
-    task: Classification | None = None,
+    task: Task | None = None,
     state: TrainState | None = None,
     ops: Ops | None = None,
 ) -> Iterator[Step]:
@@ -134,7 +136,7 @@ def train(
         model: with fp32 parameters, on the device to train on.
         batches: examples, or the batches made from them.
         config: default `TrainConfig()`.
-        task: the loss; default, classification by the model's labels.
+        task: the loss; default, by the model's head: labels, or tokens.
         state: from an earlier run, to go on after its last step; it is updated with every step.
         ops: table of operations; default, the one for the device.
 
@@ -147,7 +149,7 @@ def train(
     device = next(model.parameters()).device
     ops = ops or ops_for(device)
     batches = _batches(batches, config)
-    task = task or Classification(model.config.labels, None, config.label_smoothing_factor)
+    task = task or _task_of(model, config)
     state = state or TrainState.new(model, config, ops)
     total, optimizer = total_steps(config, len(batches)), state.optimizer
     take = _make_step(model, state, config, task, ops, batches.accumulation > 1)
@@ -165,7 +167,7 @@ def train(
                 epoch=done / len(batches),
                 learning_rate=max(group["lr"] for group in optimizer.param_groups),
                 tokens=sum(sum(batch.layout.lengths) for batch in micro_batches),
-                rows=tuple(sorted(row for batch in micro_batches for row in batch.rows)),
+                rows=tuple(sorted({row for batch in micro_batches for row in batch.rows})),
                 numbers=numbers,
                 skipped_tensor=optimizer.skipped,
                 report=take.gradients.report,
@@ -176,6 +178,12 @@ def train(
                 step.loss, step.grad_norm  # noqa: B018
             state.step = done
             yield step
+
+
+def _task_of(model: nn.Module, config: TrainConfig) -> Task:
+    if model.config.head == "lm":
+        return LanguageModel()
+    return Classification(model.config.labels, None, config.label_smoothing_factor)
 
 
 def _make_step(model, state, config, task, ops, several):

@@ -74,6 +74,8 @@ class Tape(TorchDispatchMode):
         result = function(*args, **kwargs)
         views = any(r.alias_info for r in schema.returns)
         if name not in MAKES and not views and function.namespace != "profiler":
+            if not isinstance(result, torch.Tensor | tuple | list):  # a fact, such as a dtype
+                return result
             flat = [result] if isinstance(result, torch.Tensor) else list(result)
 
             def again():

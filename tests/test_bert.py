@@ -16,6 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import (
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
@@ -31,6 +32,7 @@ from minift.batch import Batch, collate
 from minift.bert import BertClassifier
 from minift.config import ModelConfig
 from minift.layers import init_weights
+from minift.names import tied_names
 from minift.ops import TORCH, Draw, Layout
 from minift.weights import hf_names, hf_tensors
 
@@ -46,7 +48,7 @@ SENTENCES = (
 
 def make_config(**changes) -> ModelConfig:
     fields = dict(vocab_size=40, max_len=24, n_types=2, dim=20, n_layer=3, n_head=4, ffn_dim=36)
-    fields |= dict(activation="gelu_erf", norm_eps=1e-12, hidden_dropout=0.1)
+    fields |= dict(activation="gelu_erf", norm_eps=1e-12, embedding_dropout=0.1, hidden_dropout=0.1)
     fields |= dict(attention_dropout=0.2, classifier_dropout=0.3, init_std=0.2)
     return ModelConfig(**fields | {"labels": ("a", "b", "c")} | changes)
 
@@ -103,10 +105,12 @@ def assert_close(
 # ---------------------------------------------------------------- parity
 
 
-def random_peer(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def random_peer(
+    config: PreTrainedConfig, seed: int, kind: type = AutoModelForSequenceClassification
+) -> PreTrainedModel:
     """Every number is random and large, so that nothing hides."""
     with torch.random.fork_rng():
-        model = AutoModelForSequenceClassification.from_config(config).eval()
+        model = kind.from_config(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -216,6 +220,48 @@ def test_random_models_equal_transformers(family, data):
     saved = hf_tensors(model)
     assert saved.keys() == tensors.keys()
     assert all(torch.equal(saved[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=8, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(data=st.data())
+def test_random_models_of_masked_words_equal_transformers(family, data):
+    """Logits of the words that are asked for, their loss, and every gradient; that of the word
+    table comes from both of its ends."""
+    config, examples, seed = data.draw(cases(family))
+    peer = random_peer(config, seed, AutoModelForMaskedLM)
+    with tempfile.TemporaryDirectory() as folder:
+        peer.save_pretrained(folder)
+        model, report = load_model(folder, head="lm")
+    assert not report.new
+    draw = torch.Generator().manual_seed(seed)
+    words = [torch.randint(0, config.vocab_size, (len(e.tokens),), generator=draw).tolist()
+             for e in examples]  # fmt: skip
+    asked = [[w if i % 4 == 0 else -100 for i, w in enumerate(row)] for row in words]
+    inputs = padded(examples, model.config)
+    longest = inputs["input_ids"].shape[1]
+    inputs["labels"] = torch.tensor([[*row, *[-100] * (longest - len(row))] for row in asked])
+    theirs = peer(**inputs)
+    theirs.loss.backward()
+    examples = [replace(e, target=row) for e, row in zip(examples, asked, strict=True)]
+    batch = together(examples)
+    out = model(batch)
+    mean = torch.tensor(1 / sum(w >= 0 for row in asked for w in row))
+    loss = TORCH.linear_cross_entropy(
+        out.x, out.weight, batch.targets, None, mean, out.bias, vocab=out.vocab
+    )
+    loss.backward()
+    rows = torch.cat([theirs.logits[i, : len(asked[i])] for i in batch.rows])
+    listed = batch.targets != -100
+    at = batch.at if batch.at is not None else torch.arange(len(listed))
+    assert_close(out.logits()[listed], rows[at[listed]], "logits")
+    assert_close(loss, theirs.loss, "loss")
+    gradients = {n: p.grad for n, p in peer.named_parameters(remove_duplicate=False)}
+    floor = 0.1 * max(g.abs().max().item() for g in gradients.values())  # for what cancels
+    for ours, names in hf_names(model.config).items():
+        want = torch.cat([gradients.pop(name) for name in names])
+        assert_close(model.get_parameter(ours).grad, want, f"gradient of {ours}", 2e-5, floor)
+    assert set(gradients) <= set(tied_names(model.config))  # the tables name all of them
 
 
 @pytest.fixture(scope="module")
@@ -363,10 +409,13 @@ def test_equal_texts_in_a_step_draw_different_masks():
     assert len({tuple(row.tolist()) for row in logits}) == 3
 
 
-@pytest.mark.parametrize("site", ["hidden_dropout", "attention_dropout", "classifier_dropout"])
+DROPOUTS = "embedding_dropout", "hidden_dropout", "attention_dropout", "classifier_dropout"
+
+
+@pytest.mark.parametrize("site", DROPOUTS)
 def test_each_probability_drops_by_itself(site):
-    """All three are read, and steps and seeds differ; at zero, a draw changes no bit."""
-    off = {"hidden_dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0}
+    """All four are read, and steps and seeds differ; at zero, a draw changes no bit."""
+    off = dict.fromkeys(DROPOUTS, 0.0)
     batch = together(make_examples([4, 9, 2, 24]))
     with torch.no_grad():
         still, moved = make_model(**off), make_model(**off | {site: 0.4})

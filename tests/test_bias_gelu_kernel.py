@@ -417,7 +417,8 @@ def test_a_model_learns_the_same_with_it(kind):
     """Loss and gradients of a small BERT, the MLP's biases among them, as TORCH has them."""
     config = ModelConfig(
         vocab_size=20, max_len=8, n_types=2, dim=8, n_layer=2, n_head=2, ffn_dim=24,
-        activation=kind, norm_eps=1e-12, hidden_dropout=0.1, attention_dropout=0.1,
+        activation=kind, norm_eps=1e-12,
+        embedding_dropout=0.1, hidden_dropout=0.1, attention_dropout=0.1,
         classifier_dropout=0.1, init_std=0.5, labels=("a", "b"),
     )  # fmt: skip
     model = BertClassifier(config)

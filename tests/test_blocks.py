@@ -24,8 +24,9 @@ LAUNCHED = 27  # of a layer, forward and backward, at most
 def bert(n_layer, dim=768, heads=12, vocab=100, positions=512, p=0.1):
     config = ModelConfig(
         vocab_size=vocab, max_len=positions, n_types=2, dim=dim, n_layer=n_layer, n_head=heads,
-        ffn_dim=4 * dim, activation="gelu_erf", norm_eps=1e-12, hidden_dropout=p,
-        attention_dropout=p, classifier_dropout=p, init_std=0.02, labels=("a", "b"),
+        ffn_dim=4 * dim, activation="gelu_erf", norm_eps=1e-12,
+        embedding_dropout=p, hidden_dropout=p, attention_dropout=p, classifier_dropout=p,
+        init_std=0.02, labels=("a", "b"),
     )  # fmt: skip
     return BertClassifier(config)
 

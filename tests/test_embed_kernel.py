@@ -461,7 +461,8 @@ def test_a_model_learns_the_same_by_both_tables(family):
     n_types, offset = FAMILIES[family]
     config = ModelConfig(
         vocab_size=20, max_len=40, n_types=n_types, dim=8, n_layer=1, n_head=2, ffn_dim=16,
-        activation="gelu_erf", norm_eps=1e-12, hidden_dropout=0.1, attention_dropout=0.1,
+        activation="gelu_erf", norm_eps=1e-12,
+        embedding_dropout=0.1, hidden_dropout=0.1, attention_dropout=0.1,
         classifier_dropout=0.1, init_std=0.5, labels=("a", "b"),
         family=family, position_offset=offset,
     )  # fmt: skip

@@ -12,11 +12,13 @@ from tape import Tape
 from tiny import tiny_model, write_rows
 
 from minift.batch import Batches, Example
-from minift.config import TrainConfig
+from minift.config import ModelConfig, TrainConfig
 from minift.data import read_rows
-from minift.ops import TORCH, TRITON, Draw
+from minift.ops import IGNORE_INDEX, TORCH, TRITON, Draw
+from minift.scratch import random_model
 from minift.step import PAGE, Gradients, OptimizerStep, Page
 from minift.tasks.classification import Classification
+from minift.tasks.language import LanguageModel
 from minift.train import TrainState, train, why_eager
 from minift.weights import load
 
@@ -109,6 +111,43 @@ def test_captured_steps_have_the_bits_of_launched_ones(files, launched, tapes, f
     assert launched[2].graphs == 0
     assert launched[2].eager
     same_bits(captured, launched)
+
+
+def tokens_of(listed: bool) -> list[Example]:
+    """Texts of equal length, with other targets in each; `listed`: of the second half alone."""
+    rng = np.random.default_rng(0)
+    found = []
+    for i in range(4):
+        tokens = rng.integers(1, 30, 9).astype(np.int32)
+        target = np.roll(tokens, -1)
+        target[: 4 + i % 2 if listed else i % 2] = IGNORE_INDEX
+        found.append(Example(tokens, (), target))
+    return found
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_captured_steps_of_a_language_model_too(tapes, monkeypatch, listed):
+    """Targets of all rows, or of listed ones, whose number changes within a shape: the loss takes
+    its scale from the device, and the tied table its gradient from both ends."""
+    if not listed:
+        monkeypatch.setattr("minift.batch.DENSE", 0.5)
+
+    def run(graph):
+        facts = dict(
+            model_type="gpt2", vocab_size=30, n_embd=32, n_layer=1, n_head=2, n_positions=16
+        )
+        model = random_model(ModelConfig.from_hf(facts), (), seed=1, head="lm").to(DEVICE)
+        config = TrainConfig(max_steps=3, learning_rate=1e-2, dtype="bf16", graph=graph)
+        state = TrainState.new(model, config, TRITON)
+        batches = Batches(tokens_of(listed), 2)
+        done = list(train(model, batches, config, LanguageModel(), state, TRITON))
+        return [(s.loss, s.grad_norm) for s in done], list(model.parameters()), done[-1]
+
+    captured = run("auto")
+    assert captured[2].graphs == 1
+    assert captured[2].eager == ""
+    same_bits(captured, run("off"))
+    assert len({loss for loss, _ in captured[0]}) == 3
 
 
 def test_captured_micro_steps_have_the_bits_of_launched_ones(files, tapes):
