@@ -1,13 +1,19 @@
 """What a model is (ModelConfig), how it is trained (TrainConfig), what one run reads and writes
 (RunConfig). Fields of the last two are the command line's flags and a TOML file's names."""
 
+import json
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from .errors import InputError
 from .families import FAMILIES, Family
 
-CLASSIFIER = "ForSequenceClassification"  # how transformers' names of such models end
+TASKS = ("classification", "lm", "instruct", "mlm")
+ENDINGS = {  # head -> how transformers' names of such models end
+    "classifier": ("ForSequenceClassification",),
+    "lm": ("ForMaskedLM", "LMHeadModel"),
+}
 ACTIVATIONS = {  # Hugging Face's name -> the operation's
     "gelu": "gelu_erf",
     "gelu_new": "gelu_tanh",
@@ -28,15 +34,19 @@ class ModelConfig:
     ffn_dim: int                     # F, width inside the MLP
     activation: str                  # gelu_erf or gelu_tanh
     norm_eps: float                  # added to the variance
-    hidden_dropout: float            # after embeddings and after both halves of a layer
+    embedding_dropout: float         # after embeddings
+    hidden_dropout: float            # after both halves of a layer
     attention_dropout: float         # on the attention probabilities
     classifier_dropout: float        # before the head
     init_std: float                  # of random weights
     family: str = "bert"             # an entry of FAMILIES
+    head: str = "classifier"         # or "lm", which predicts tokens
     position_offset: int = 0         # rows of the position table before the first token's
     pad: int = 0                     # id of the padding token, which is nowhere in a batch
     labels: tuple[str, ...] = ()     # names of the head's classes
     pairs: bool | None = None        # whether it was trained on pairs; None: nobody says
+    task: str = ""                   # what it was trained for; "": nobody says
+    template: tuple[str, str] | None = None  # of prompts and responses, of an instructed model
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as it was read
 
     @staticmethod
@@ -51,27 +61,14 @@ class ModelConfig:
             known = ", ".join(FAMILIES)
             raise InputError(f"expected model_type {known} in config.json, got {kind!r}")
         family = FAMILIES[kind]
-        if raw.get("position_embedding_type") not in (None, "absolute"):
-            raise InputError("expected absolute positions in config.json, got relative ones")
-        if raw.get("is_decoder"):
-            raise InputError("expected an encoder, config.json says is_decoder")
-        act = raw.get(family.keys["activation"], "gelu")
-        if not isinstance(act, str) or act not in ACTIVATIONS:
-            key = family.keys["activation"]
-            raise InputError(f"expected {key} {' or '.join(ACTIVATIONS)}, got {act!r}")
-
-        def number(name, kind, default=None, low=1, high=1):  # 1: dropout and eps are fractions
-            key, default = family.keys[name], family.defaults.get(name, default)
-            value = default if key is None or raw.get(key) is None else raw[key]
-            low, high = (low, 2**31) if kind is int else (0, high)
-            fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-            if key is not None and not (fits and low <= value < high):  # NaN compares false
-                span = f"a number in [{low}, {high})"
-                raise InputError(f"expected {key} in config.json as {span}, got {value!r}")
-            return kind(value)
-
+        raw = {family.aliases.get(key, key): value for key, value in raw.items()}
+        act = _built(raw, family)
+        number = partial(_number, raw, family)
         hidden_dropout, pad = number("hidden_dropout", float, 0.1), number("pad", int, low=0)
         offset = pad + 1 if family.offset_positions else 0
+        wide = 4 * number("dim", int) if family.decoder else None
+        pairs, template = raw.get("pairs"), raw.get("template")
+        texts = isinstance(template, list) and [type(part) for part in template] == [str, str]
         config = ModelConfig(
             vocab_size=number("vocab_size", int),
             max_len=number("positions", int) - offset,
@@ -79,22 +76,27 @@ class ModelConfig:
             dim=number("dim", int),
             n_layer=number("n_layer", int),
             n_head=number("n_head", int),
-            ffn_dim=number("ffn_dim", int),
+            ffn_dim=number("ffn_dim", int, wide),
             activation=ACTIVATIONS[act],
             norm_eps=number("norm_eps", float, 1e-12),
+            embedding_dropout=number("embedding_dropout", float, hidden_dropout),
             hidden_dropout=hidden_dropout,
             attention_dropout=number("attention_dropout", float, 0.1),
             classifier_dropout=number("classifier_dropout", float, hidden_dropout),
             init_std=number("init_std", float, 0.02, high=100),
             family=kind,
+            head=_head(raw),
             position_offset=offset,
             pad=pad,
             labels=_labels(raw),
-            pairs=raw["pairs"] if isinstance(raw.get("pairs"), bool) else None,
+            pairs=pairs if isinstance(pairs, bool) else None,
+            task=raw["task"] if raw.get("task") in TASKS else "",
+            template=tuple(template) if texts else None,
             raw=dict(raw),
         )
         if config.max_len < 1:
-            raise InputError(f"expected more than {offset} max_position_embeddings, got too few")
+            key = family.keys["positions"]
+            raise InputError(f"expected more than {offset} {key}, got too few")
         if config.dim % config.n_head:
             key = family.keys["dim"]
             raise InputError(f"{key}={config.dim} is not divisible by {config.n_head} heads")
@@ -107,29 +109,88 @@ class ModelConfig:
 
     @property
     def trained_head(self) -> bool:
-        """Whether config.json is that of a classifier of texts, not of a bare encoder or of a
+        """Whether config.json is that of a model with this head: not of a bare encoder, or of a
         model for another task."""
-        names = self.raw.get("architectures") or [CLASSIFIER]
-        return bool(self.labels) and any(str(name).endswith(CLASSIFIER) for name in names)
+        names, ends = self.raw.get("architectures"), ENDINGS[self.head]
+        if self.head == "classifier":
+            names = bool(self.labels) and (names or ends)
+        return any(str(name).endswith(ends) for name in names or ())
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: what was read, with the labels of the trained head."""
+        old = {"_name_or_path", "torch_dtype", "task", "template"}
+        known = {"pairs": self.pairs, "task": self.task or None}
+        known["template"] = self.template and list(self.template)
+        if self.head == "classifier":
+            known["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
+            known["label2id"] = {name: i for i, name in enumerate(self.labels)}
+            known["problem_type"] = "single_label_classification"
+            if self.kind.decoder and self.raw.get("pad_token_id") is None:
+                # transformers finds the last token by it, and refuses batches without one.
+                old, known["pad_token_id"] = old | {"pad_token_id"}, self._eos()
+        else:
+            old |= {"id2label", "label2id", "problem_type"}
+            known["tie_word_embeddings"] = True
         return {
-            **{k: v for k, v in self.raw.items() if k not in ("_name_or_path", "torch_dtype")},
-            "architectures": [self.kind.architecture],
+            **{k: v for k, v in self.raw.items() if k not in old},
+            "architectures": [self.kind.architectures[self.head]],
             "model_type": self.family,
             "vocab_size": self.vocab_size,
-            "id2label": {str(i): name for i, name in enumerate(self.labels)},
-            "label2id": {name: i for i, name in enumerate(self.labels)},
-            "problem_type": "single_label_classification",
             "dtype": "float32",
-            **({} if self.pairs is None else {"pairs": self.pairs}),
+            **{k: v for k, v in known.items() if v is not None},
         }
+
+    def _eos(self) -> int | None:
+        """What ends a text, if it is in the vocabulary."""
+        eos = self.raw.get("eos_token_id", self.kind.defaults.get("eos"))
+        eos = eos[0] if isinstance(eos, list) and eos else eos
+        return eos if isinstance(eos, int) and 0 <= eos < self.vocab_size else None
+
+
+def _built(raw: dict[str, Any], family: Family) -> str:
+    """Its activation, if nothing else is asked for that is not built."""
+    if raw.get("position_embedding_type") not in (None, "absolute"):
+        raise InputError("expected absolute positions in config.json, got relative ones")
+    for key, value in family.must_be.items():
+        if raw.get(key) is not None and raw[key] is not value:
+            expected, found = json.dumps(value), json.dumps(raw[key], default=str)
+            raise InputError(f"expected {key} {expected} in config.json, got {found}: not built")
+    key = family.keys["activation"]
+    act = raw.get(key, family.defaults.get("activation", "gelu"))
+    if not isinstance(act, str) or act not in ACTIVATIONS:
+        raise InputError(f"expected {key} {' or '.join(ACTIVATIONS)}, got {act!r}")
+    return act
+
+
+def _number(
+    raw: dict[str, Any],
+    family: Family,
+    name: str,
+    kind: type,
+    default: float | None = None,
+    low: int = 1,
+    high: int = 1,
+) -> float:
+    """A setting of config.json by our name; of fractions, as dropout and eps, all below `high`."""
+    key, default = family.keys[name], family.defaults.get(name, default)
+    value = default if key is None or raw.get(key) is None else raw[key]
+    low, high = (low, 2**31) if kind is int else (0, high)
+    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if key is not None and not (fits and low <= value < high):  # NaN compares false
+        span = f"a number in [{low}, {high})"
+        raise InputError(f"expected {key} in config.json as {span}, got {value!r}")
+    return kind(value)
+
+
+def _head(raw: dict[str, Any]) -> str:
+    names = raw.get("architectures")
+    names = names if isinstance(names, list) else []
+    return "lm" if any(str(name).endswith(ENDINGS["lm"]) for name in names) else "classifier"
 
 
 def _labels(raw: dict[str, Any]) -> tuple[str, ...]:
     labels = raw.get("id2label") or {}
-    if not labels and str((raw.get("architectures") or [""])[0]).endswith(CLASSIFIER):
+    if not labels and str((raw.get("architectures") or [""])[0]).endswith(ENDINGS["classifier"]):
         labels = {"0": "LABEL_0", "1": "LABEL_1"}  # the only ones that files leave out
     try:
         labels = tuple(str(labels[k]) for k in sorted(labels, key=int))
@@ -217,7 +278,8 @@ class RunConfig:
     tokenizer_name: str = flag("", "folder of another vocabulary; a model made from random weights "
                                    "has one made of the training texts", "tokenizer")
     cased: bool = flag(False, "a vocabulary made of the texts keeps capitals")
-    task: str = flag("classification", "what is learned", choices=("classification",))
+    task: str = flag("classification", "what is learned: labels of texts; texts (lm); responses to "
+                     "prompts; masked words (mlm)", choices=TASKS)
     text_column: str = flag("", "name, or number from 1, of the text's column")
     pair_column: str = flag("", "the second text's column")
     label_column: str = flag("", "the label's column")
@@ -229,7 +291,11 @@ class RunConfig:
     eval_steps: int = flag(0, "steps between evaluations; 0: after every epoch")
     save_steps: int = flag(0, "steps between checkpoints; 0: at every evaluation")
     save_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
-    metric_for_best_model: str = flag("accuracy", "any metric; of loss the smallest; ties: by loss")
+    prompt_template: str = flag("{prompt}\n", "of --task instruct: text with the names of columns")
+    response_template: str = flag("{response}", "what is learned to follow it")
+    mlm_probability: float = flag(0.15, "share of the words that --task mlm masks")
+    metric_for_best_model: str = flag("", "any metric; of loss the smallest; ties: by loss; "
+                                          "default: accuracy, or loss where there is none")
     early_stopping_patience: int = flag(0, "stop after so many evaluations without gain; 0: never")
     resume_from_checkpoint: str = flag("", "'auto': the newest in output_dir, if any; or a folder")
     overwrite_output_dir: bool = flag(False, "delete what an earlier run left in output_dir")
@@ -240,6 +306,8 @@ class RunConfig:
     def __post_init__(self):
         if not 0 < self.validation_split < 1:
             raise InputError(f"expected validation_split in (0, 1), got {self.validation_split}")
+        if not 0 < self.mlm_probability < 1:
+            raise InputError(f"expected mlm_probability in (0, 1), got {self.mlm_probability}")
         for name in ("max_seq_length", "eval_steps", "save_steps", "save_total_limit",
                      "early_stopping_patience", "threads"):
             if getattr(self, name) < 0:

@@ -16,7 +16,11 @@ TWO = ("label 0", "label 1")  # what is without a trained head is described as i
 
 
 def describe(
-    name: str, config: TrainConfig, revision: str | None = None, token: str | None = None
+    name: str,
+    config: TrainConfig,
+    revision: str | None = None,
+    token: str | None = None,
+    head: str | None = None,
 ) -> str:
     """Size, vocabulary, limits, what would load and what would train, as text.
 
@@ -24,35 +28,49 @@ def describe(
         name: a model folder, a hub id, or the path of a configuration file.
         config: its rules say what would train.
         revision, token: of a hub id.
+        head: "classifier" or "lm", as what it would load; None: as what it is.
 
     Raises:
         InputError: it cannot be loaded, or the rules do not fit it.
     """
     path = Path(name)
     if path.is_file():
-        model = random_model(read_new_config(path), TWO, config.seed)
+        new = read_new_config(path)
+        model = random_model(new, TWO, config.seed, head or _usual_head(new))
         parts = [_sizes(name, model.config), "  a configuration: the weights would be random"]
         return "\n".join([*parts, _groups(model, None), _rules(model, config)])
     folder = locate(name, revision, token)
     read = read_config(folder)
     tokenizer = load_tokenizer(folder, read, read.max_len)
-    model, report = load_model(folder, None if read.trained_head else TWO)
-    labels = ", ".join(read.labels[:20]) + (", ..." if len(read.labels) > 20 else "")
-    labels = (
-        f"{len(read.labels)}: {labels}"
-        if read.trained_head
-        else "none: not a classifier yet, shown as if for 2"
-    )
+    head = head or _usual_head(read)
+    trained = read.trained_head and read.head == head
+    model, report = load_model(folder, None if trained else TWO, head=head)
     return "\n".join(
         [
             _sizes(name, read),
             _vocabulary(tokenizer, read),
-            f"  labels     {labels}",
+            _predicts(read, head, trained),
             str(report),
             _groups(model, report),
             _rules(model, config),
         ]
     )
+
+
+def _usual_head(c: ModelConfig) -> str:
+    """What the configuration is of: a decoder that is no classifier predicts tokens."""
+    return "lm" if c.kind.decoder and not c.trained_head else c.head
+
+
+def _predicts(c: ModelConfig, head: str, trained: bool) -> str:
+    if head == "lm":
+        what = "tokens, each from those before it" if c.kind.decoder else "masked tokens"
+        trained_for = f" (trained for {c.task})" if trained and c.task else ""
+        return f"  predicts   {what}{trained_for}"
+    if not trained:
+        return "  labels     none: not a classifier yet, shown as if for 2"
+    labels = ", ".join(c.labels[:20]) + (", ..." if len(c.labels) > 20 else "")
+    return f"  labels     {len(c.labels)}: {labels}"
 
 
 def _sizes(name: str, c: ModelConfig) -> str:

@@ -11,8 +11,8 @@
                 *                 frozen
 
 The first rule whose pattern fits a parameter decides. A pattern is a group (embeddings, layers:N,
-pooler, head), a span of layers (layers:0-9), `*`, or, where it has a dot, a glob over the name
-(`*.bias`, `layers.*.attention.qkv.*`). Norms and biases are never decayed.
+norm, pooler, head), a span of layers (layers:0-9), `*`, or, where it has a dot, a glob over the
+name (`*.bias`, `layers.*.attention.qkv.*`). Norms and biases are never decayed.
 """
 
 import difflib
@@ -51,8 +51,12 @@ class ParamGroup:
 
 def group_of(name: str) -> str:
     """The group of a parameter: `bert.layers.3.mlp.up.bias` is in `layers:3`."""
-    parts = name.removeprefix("bert.").split(".")
+    parts = _inner(name).split(".")
     return f"layers:{parts[1]}" if parts[0] == "layers" else parts[0]
+
+
+def _inner(name: str) -> str:
+    return name.removeprefix("bert.").removeprefix("gpt.")
 
 
 def rules_of(config: TrainConfig, n_layer: int, head: tuple[str, ...] = ("head",)) -> list[Rule]:
@@ -68,6 +72,8 @@ def rules_of(config: TrainConfig, n_layer: int, head: tuple[str, ...] = ("head",
     """
     rate, decay = config.learning_rate, config.layer_lr_decay
     rules = [Rule(pattern, 0.0) for pattern in _split("freeze", config.freeze)]
+    if config.head_lr and not head:
+        raise InputError("expected no head_lr, this model's head is its token table: leave it out")
     if config.method == "bitfit":  # Ben Zaken et al. 2022, arXiv:2106.10199
         for name, empty in (("lr_rules", ""), ("layer_lr_decay", 1.0)):
             if getattr(config, name) != empty:
@@ -107,7 +113,7 @@ def _fits(pattern: str, name: str) -> bool:
     if pattern in ("*", group):
         return True
     if "." in pattern:
-        return fnmatchcase(name.removeprefix("bert."), pattern)
+        return fnmatchcase(_inner(name), pattern)
     span, layer = _SPAN.fullmatch(pattern), _LAYER.fullmatch(group)
     return bool(span and layer and int(span[1]) <= int(layer[1]) <= int(span[2]))
 
@@ -142,7 +148,7 @@ def _globs(names: list[str]) -> list[str]:
     """Names, and globs that fit some: `*` for the layer, and for all before or after a dot."""
     found = {}
     for name in names:
-        parts = re.sub(r"\.\d+\.", ".*.", name.removeprefix("bert.")).split(".")
+        parts = re.sub(r"\.\d+\.", ".*.", _inner(name)).split(".")
         for i in range(1, len(parts)):
             for glob in (parts, [*parts[:i], "*"], ["*", *parts[i:]]):
                 found[".".join(glob)] = None

@@ -12,36 +12,33 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bert import BertClassifier
+from .bert import BertClassifier, BertMasked
 from .config import ModelConfig
 from .errors import InputError
-from .families import Family
 from .files import make_folder, read_json, write_file, write_json
+from .gpt import GPTClassifier, GPTLanguageModel
 from .hub import locate
 from .layers import init_weights
-from .storage import open_tensors
+from .names import (
+    copy_parts,
+    hf_names,
+    ignored_names,
+    in_file,
+    is_transposed,
+    names_today,
+    tied_names,
+)
+from .storage import Tensors, open_tensors
 from .tokenizer import Tokenizer
 
-BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
-WRAPPERS = ("module", "_orig_mod")  # what DDP and torch.compile put into names
+Model = BertClassifier | BertMasked | GPTClassifier | GPTLanguageModel
+CLASSES = {  # by whether it is a decoder, and its head
+    (False, "classifier"): BertClassifier,
+    (False, "lm"): BertMasked,
+    (True, "classifier"): GPTClassifier,
+    (True, "lm"): GPTLanguageModel,
+}
 NEW_ALLOWED = ("pooler.", "head.")
-
-
-def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
-    """Our parameter names -> Hugging Face's; several are one after the other along rows."""
-    kind, table = config.kind, "bert.embeddings.{}.weight".format
-    theirs = kind.prefix + "embeddings.{}_embeddings.weight"
-    tables = ("word", "position", "token_type")[: 3 if config.n_types else 2]
-    pairs = {table(name): (theirs.format(name),) for name in tables}
-    for end in (".weight", ".bias"):
-        pairs["bert.embeddings.norm" + end] = (kind.prefix + "embeddings.LayerNorm" + end,)
-        pairs["pooler" + end] = (kind.dense + end,)
-        pairs["head" + end] = (kind.head + end,)
-        for i in range(config.n_layer):
-            for name, names in kind.layer.items():
-                layer = f"{kind.prefix}{kind.layers}.{i}."
-                pairs[f"bert.layers.{i}.{name}{end}"] = tuple(layer + n + end for n in names)
-    return pairs
 
 
 @dataclass(frozen=True)
@@ -90,15 +87,20 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load_model(
-    folder: str | Path, labels: tuple[str, ...] | None = None, seed: int = 0
-) -> tuple[BertClassifier, LoadReport]:
-    """A classifier from a model folder, in fp32.
+    folder: str | Path,
+    labels: tuple[str, ...] | None = None,
+    seed: int = 0,
+    head: str | None = None,
+) -> tuple[Model, LoadReport]:
+    """A model from its folder, in fp32.
 
     Args:
         folder: with config.json and weights, or a hub id.
         labels: names of the classes to learn; the folder's own order wins when they are the same
             names, otherwise the head is new. None: as the folder says, and its head must be there.
         seed: of the new head's weights.
+        head: "classifier", or "lm" to predict tokens: new, if the folder is of another model.
+            None: a classifier where labels are given, else what the folder holds.
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, unknown or of a shape
@@ -106,8 +108,25 @@ def load_model(
     """
     folder = locate(folder)
     config = read_config(folder)
-    keep = labels is None or (set(labels) == set(config.labels) and config.trained_head)
-    config = config if keep else replace(config, labels=labels)
+    head = head or (config.head if labels is None else "classifier")
+    if config.head != head:
+        config = replace(config, head=head, task="", template=None)
+    keep = head == "lm" or labels is None
+    keep = keep or (set(labels) == set(config.labels) and config.trained_head)
+    if head == "lm":
+        config = replace(config, labels=())
+    elif not keep:
+        config = replace(config, labels=labels)
+    if head == "classifier":
+        _check_classifier(folder, config, labels)
+    model = make_model(config, folder / "config.json")
+    heads = (getattr(model, name, None) for name in ("pooler", "head"))
+    init_weights(nn.ModuleList(filter(None, heads)), config.init_std, seed)
+    may_be_new = not config.trained_head if head == "lm" else labels is not None
+    return model, read_weights(model, folder, keep, may_be_new)
+
+
+def _check_classifier(folder, config, labels):
     if not config.labels:
         raise InputError(f"{folder}: config.json has no id2label: is this a trained classifier?")
     if labels is None and not config.trained_head:
@@ -115,26 +134,23 @@ def load_model(
         raise InputError(
             f"{folder}: expected a classifier of texts, config.json is of {made_for}: train it"
         )
-    model = make_model(config, folder / "config.json")
-    init_weights(nn.ModuleList([model.pooler, model.head]), config.init_std, seed)
-    return model, read_weights(model, folder, keep_head=keep, new=labels)
 
 
-def make_model(config: ModelConfig, path: Path) -> BertClassifier:
+def make_model(config: ModelConfig, path: Path) -> Model:
     """A model whose memory holds anything yet.
 
     Raises:
         InputError: it does not fit into memory; `path` is where its configuration stands.
     """
     try:
-        return BertClassifier(config)
+        return CLASSES[config.kind.decoder, config.head](config)
     except RuntimeError:
         raise InputError(f"{path}: asks for more memory than there is") from None
 
 
 @torch.no_grad()
 def read_weights(
-    model: BertClassifier, path: Path, keep_head: bool = True, new: object = None
+    model: Model, path: Path, keep_head: bool = True, may_be_new: bool = False
 ) -> LoadReport:
     """Copies stored tensors into a model's own memory, strictly.
 
@@ -142,36 +158,39 @@ def read_weights(
         model: whose parameters are overwritten.
         path: a model folder, or a file of weights.
         keep_head: False ignores the file's head.
-        new: None forbids parameters that the file does not have.
+        may_be_new: whether the head may have parameters that the file does not have.
 
     Raises:
         InputError: see `load_model`.
     """
-    kind, names = model.config.kind, hf_names(model.config)
+    config, names = model.config, hf_names(model.config)
     loaded, fresh, dtypes = {}, {}, {}
     with open_tensors(path) as tensors:
-        stored = _stored(tensors.names, kind, tensors.path)
-        found = {k: v for k, v in stored.items() if keep_head or not k.startswith(kind.head + ".")}
+        stored = names_today(tensors.names, config.kind, tensors.path)
+        dropped = "?" if keep_head else config.kind.head + "."
+        found = {k: v for k, v in stored.items() if not k.startswith(dropped)}
         for ours, parameter in model.named_parameters():
             parts = [found.pop(theirs, None) for theirs in names[ours]]
+            inside = in_file(parameter, ours, config)
             if None not in parts:
                 read = {part: tensors.get(part) for part in parts}
-                _copy(parameter, read, ours, tensors.path)
+                copy_parts(inside, read, ours, config, tensors.path)
+                parameter[len(inside) :] = 0
                 dtypes[ours] = str(read[parts[0]].dtype).removeprefix("torch.")
-                loaded[ours] = parameter.numel()
-            elif new is None or not ours.startswith(NEW_ALLOWED):
+                loaded[ours] = inside.numel()
+            elif not may_be_new or not ours.startswith(NEW_ALLOWED):
                 raise InputError(
                     f"{tensors.path}: expected a tensor {names[ours][0]!r}, found none: "
-                    f"is this a {model.config.family} for this task?"
+                    f"is this a {config.family} for this task?"
                 )
             else:
                 fresh[ours] = parameter.numel()
-        # Another task's classifier may have names of its own.
-        ignored = (*kind.other_heads, *(() if keep_head else ("classifier.",)))
-        unknown = sorted(n for n in found if not n.endswith(BUFFERS) and not n.startswith(ignored))
+        _check_tied(model, {ours: found.get(n) for n, ours in tied_names(config).items()}, tensors)
+        ignored, buffers = ignored_names(config, keep_head), config.kind.buffers
+        unknown = sorted(n for n in found if not n.endswith(buffers) and not n.startswith(ignored))
         if unknown:
             raise InputError(
-                f"{tensors.path}: {len(unknown)} tensors that a {model.config.family} does not "
+                f"{tensors.path}: {len(unknown)} tensors that a {config.family} does not "
                 f"have, the first {unknown[0]!r}: does config.json belong to it?"
             )
         used = {name for ours in loaded for name in names[ours]}
@@ -179,43 +198,24 @@ def read_weights(
     return LoadReport(loaded, fresh, left, dtypes)
 
 
-def _stored(names: list[str], kind: Family, path: Path) -> dict[str, str]:
-    """Names as files have them today -> as this file has them. Old ones say gamma and beta in
-    norms, wrappers leave their own, and a bare encoder's lack the prefix of a classifier's."""
-    bare = ("embeddings.", "pooler.", kind.layers.split(".")[0] + ".")
-    found: dict[str, str] = {}
-    for name in names:
-        today = ".".join(part for part in name.split(".") if part not in WRAPPERS)
-        today = today.replace("LayerNorm.gamma", "LayerNorm.weight")
-        today = today.replace("LayerNorm.beta", "LayerNorm.bias")
-        today = kind.prefix + today if today.startswith(bare) else today
-        if today in found:
-            raise InputError(f"{path}: holds {today!r} twice, as {found[today]!r} and {name!r}")
-        found[today] = name
-    return found
-
-
-def _copy(parameter: Tensor, parts: dict[str, Tensor], name: str, path: Path) -> None:
-    rows = parameter.shape[0] // len(parts)
-    for i, (theirs, tensor) in enumerate(parts.items()):
-        part = parameter[i * rows : (i + 1) * rows]
-        if tensor.shape != part.shape:
+def _check_tied(model: Model, copies: dict[str, str | None], tensors: Tensors) -> None:
+    """What a file stores twice is one parameter here: other numbers would be lost."""
+    for ours, name in copies.items():
+        own = in_file(model.get_parameter(ours), ours, model.config)
+        if name is not None and not torch.equal(tensors.get(name).to(own.dtype), own):
             raise InputError(
-                f"{path}: config.json says {tuple(part.shape)} for {name}, the file "
-                f"holds {tuple(tensor.shape)}: they are of different models"
+                f"{tensors.path}: expected the numbers of {ours} in {name!r}, found others: "
+                "projections of their own are not built"
             )
-        if not tensor.is_floating_point():
-            raise InputError(
-                f"{path}: expected numbers with a fraction in {theirs}, got {tensor.dtype}"
-            )
-        part.copy_(tensor)
 
 
-def hf_tensors(model: BertClassifier) -> dict[str, Tensor]:
+def hf_tensors(model: Model) -> dict[str, Tensor]:
     """The model's parameters under Hugging Face's names, on the CPU."""
-    names, tensors = hf_names(model.config), {}
+    config, names, tensors = model.config, hf_names(model.config), {}
     for ours, parameter in model.named_parameters():
-        parts = parameter.detach().cpu().chunk(len(names[ours]))
+        stored = in_file(parameter.detach(), ours, config).cpu()
+        stored = stored.T if is_transposed(ours, stored, config) else stored
+        parts = stored.contiguous().chunk(len(names[ours]))
         # Parts of one packed tensor share storage, which the format refuses.
         parts = parts if len(parts) == 1 else [part.clone() for part in parts]
         tensors.update(zip(names[ours], parts, strict=True))
@@ -238,18 +238,19 @@ def load(
     labels: tuple[str, ...] | None = None,
     max_length: int | None = None,
     seed: int = 0,
-) -> tuple[BertClassifier, Tokenizer]:
-    """A model folder's classifier and tokenizer, known to fit each other.
+    head: str | None = None,
+) -> tuple[Model, Tokenizer]:
+    """A model folder's model and tokenizer, known to fit each other.
 
     Args:
-        folder, labels, seed: as in `load_model`.
+        folder, labels, seed, head: as in `load_model`.
         max_length: tokens at which texts are cut; default, and at most, what the model takes.
 
     Raises:
         InputError: see `load_model` and `load_tokenizer`.
     """
     folder = locate(folder)
-    model, _ = load_model(folder, labels, seed)
+    model, _ = load_model(folder, labels, seed, head)
     limit = model.config.max_len
     return model, load_tokenizer(folder, model.config, min(max_length or limit, limit))
 
@@ -260,7 +261,8 @@ def load_tokenizer(folder: Path, config: ModelConfig, max_length: int) -> Tokeni
     Raises:
         InputError: it cannot be read, or was not made for this model: see `Tokenizer.misfit`.
     """
-    tokenizer = Tokenizer.load(folder, max_length, config.kind.tokenizer)
+    kind = config.kind
+    tokenizer = Tokenizer.load(folder, max_length, kind.tokenizer, kind.decoder)
     if problem := tokenizer.misfit(config):
         raise InputError(f"{folder}: {problem}")
     return tokenizer

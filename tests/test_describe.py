@@ -1,6 +1,8 @@
 """minift.describe: what `minift inspect` says is what loading and training do."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +12,9 @@ from tiny import call, tiny_config, tiny_model
 from minift import InputError
 from minift.config import TrainConfig
 from minift.describe import describe
+from minift.scratch import make_tokenizer, random_model
 from minift.train import TrainState
-from minift.weights import load_model
+from minift.weights import load_model, save, save_model
 
 
 def test_groups_carry_the_precision_of_the_file(tmp_path):
@@ -64,6 +67,53 @@ def test_a_configuration_file_is_described_too(tmp_path):
     assert "bert, 2 layers, width 32" in text
     assert "the weights would be random" in text
     assert text.splitlines()[-1].split()[1] == "25,762"
+
+
+def gpt2_folder(folder: Path, head: str, **changes) -> Path:
+    """A random GPT-2 of two layers with a vocabulary of its own."""
+    raw = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=2, n_positions=64, vocab_size=300)
+    path = folder / "gpt2.json"
+    path.write_text(json.dumps(raw | changes))
+    tokenizer, config = make_tokenizer(path, None, ["one text"], False, 0, head)
+    save(random_model(config, ("a", "b", "c"), 0), tokenizer, folder / "m")
+    return folder / "m"
+
+
+def test_a_gpt2_is_described_as_what_it_is(tmp_path):
+    """A language model has no labels and nothing new; a classifier its own; asked for as another,
+    what would be new is said."""
+    folder = gpt2_folder(tmp_path, "lm")
+    text = describe(str(folder), TrainConfig())
+    assert "gpt2, 2 layers, width 32, 2 heads of 16, MLP 128 (gelu_tanh), at most 64" in text
+    assert "  predicts   tokens, each from those before it\n" in text
+    assert "specials   bos <|endoftext|>, eos <|endoftext|>" in text
+    assert "new" not in text
+    model, _ = load_model(folder, head="lm")
+    groups = [line.split()[0] for line in text.split("stored as\n")[1].splitlines()][:4]
+    assert groups == ["embeddings", "layers:0", "layers:1", "norm"]
+    assert text.splitlines()[-1].split()[1] == f"{sum(p.numel() for p in model.parameters()):,}"
+    text = describe(str(folder), TrainConfig(), head="classifier")
+    assert "none: not a classifier yet, shown as if for 2" in text
+    assert "head.weight" in text
+    (tmp_path / "m" / "model.safetensors").unlink()
+    text = describe(str(gpt2_folder(tmp_path, "classifier")), TrainConfig(head_lr=1e-3))
+    assert "  labels     3: a, b, c" in text
+    text = describe(str(tmp_path / "gpt2.json"), TrainConfig())
+    assert text.splitlines()[-1].split()[1] == f"{sum(p.numel() for p in model.parameters()):,}"
+
+
+def test_a_model_of_masked_words_is_described_too(tmp_path):
+    """Its head is loaded with it, and what it was trained for is said."""
+    folder = tiny_model(tmp_path / "m")
+    model, _ = load_model(folder, head="lm")
+    model.config = replace(model.config, task="mlm")
+    save_model(model, folder)
+    text = describe(str(folder), TrainConfig(lr_rules="head=1e-3,*=1e-5"))
+    assert "  predicts   masked tokens (trained for mlm)\n" in text
+    assert "new" not in text
+    wanted = sum(p.numel() for p in model.parameters())
+    assert text.splitlines()[-1].split()[1] == f"{wanted:,}"
+    assert "not a classifier yet" in describe(str(folder), TrainConfig(), head="classifier")
 
 
 def test_the_command_takes_the_flags_of_train(capsys, tmp_path):

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from tiny import tiny_config
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minift.batch import Example, collate
@@ -16,6 +17,7 @@ from minift.errors import InputError
 from minift.layers import init_weights
 from minift.methods import ParamGroup, Rule, apply_rules, format_rules, group_of, rules_of
 from minift.ops import TORCH, Draw
+from minift.scratch import random_model
 from minift.tasks.classification import Classification
 from minift.train import TrainState, train
 
@@ -50,6 +52,10 @@ def rates(groups: list[ParamGroup]) -> dict[str, float]:
         ("bert.layers.11.mlp.norm.bias", "layers:11"),
         ("pooler.weight", "pooler"),
         ("head.bias", "head"),
+        ("head.dense.weight", "head"),
+        ("gpt.embeddings.position.weight", "embeddings"),
+        ("gpt.layers.11.mlp.norm.bias", "layers:11"),
+        ("gpt.norm.weight", "norm"),
     ],
 )
 def test_groups_are_parts_of_the_model(name, group):
@@ -185,6 +191,40 @@ def test_training_asks_the_model_what_its_head_is(family, trained):
     TrainState.new(model, TrainConfig(method="bitfit"))
     assert model.pooler.weight.requires_grad == trained
     assert model.head.weight.requires_grad
+
+
+def make_gpt2(head: str) -> nn.Module:
+    raw = dict(model_type="gpt2", vocab_size=30, n_embd=8, n_layer=2, n_head=2, n_positions=9)
+    return random_model(ModelConfig.from_hf(raw), ("a", "b"), 0, head)
+
+
+def test_a_decoder_has_the_same_patterns_and_a_norm_at_its_end():
+    """Groups, spans and globs; what is above the layers learns at full rate."""
+    model = make_gpt2("classifier")
+    flags = dict(freeze="embeddings,layers.0.attention.*", layer_lr_decay=0.5, head_lr=3.0)
+    rules = rules_of(TrainConfig(learning_rate=1.0, **flags), 2, model.head_groups)
+    found = rates(apply_rules(model, rules, 0.0))
+    assert found["gpt.embeddings.word.weight"] == found["gpt.layers.0.attention.qkv.bias"] == 0
+    assert (found["gpt.layers.0.mlp.up.weight"], found["gpt.layers.1.mlp.up.bias"]) == (0.25, 0.5)
+    assert (found["gpt.norm.weight"], found["head.weight"]) == (1.0, 3.0)
+    found = rates(apply_rules(model, [Rule("norm", 2.0), Rule("*", 1.0)], 0.0))
+    assert {name for name, rate in found.items() if rate == 2} == {
+        "gpt.norm.weight",
+        "gpt.norm.bias",
+    }
+    with pytest.raises(InputError, match="groups are embeddings, layers:0-1, norm, head"):
+        apply_rules(model, [Rule("norms", 0.0), Rule("*", 1.0)], 0.0)
+
+
+def test_a_language_model_has_no_head_to_learn_faster():
+    """Its projection is the token table: a rate for the head would go nowhere unseen. bitfit
+    trains its biases."""
+    model = make_gpt2("lm")
+    with pytest.raises(InputError, match="head_lr, this model's head is its token table"):
+        rules_of(TrainConfig(head_lr=1e-3), 2, model.head_groups)
+    TrainState.new(model, TrainConfig(method="bitfit"))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in model.named_parameters() if name.endswith(".bias")}
 
 
 FLAGS = [

@@ -34,6 +34,7 @@ def test_every_field_is_read_from_its_own_name():
         ffn_dim=16,
         activation="gelu_tanh",
         norm_eps=1e-7,
+        embedding_dropout=0.2,
         hidden_dropout=0.2,
         attention_dropout=0.3,
         classifier_dropout=0.4,
@@ -82,9 +83,9 @@ def test_activations(activation, ours):
     ("changes", "message"),
     [
         (
-            {"model_type": "gpt2"},
-            "expected model_type bert, roberta, distilbert, xlm-roberta, camembert in config.json, "
-            "got 'gpt2'",
+            {"model_type": "t5"},
+            "expected model_type bert, roberta, distilbert, xlm-roberta, camembert, gpt2 in "
+            "config.json, got 't5'",
         ),
         (
             {"position_embedding_type": "relative_key"},
@@ -180,3 +181,11 @@ def test_what_was_read_is_not_changed():
     config.to_hf()["vocab_size"] = 0
     assert raw == RAW
     assert config.raw is not raw
+
+
+def test_gpt2_knows_the_names_of_other_families():
+    """transformers takes them for its own; here they would have meant the sizes of GPT-2 small."""
+    raw = dict(model_type="gpt2", hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config = ModelConfig.from_hf(raw | {"max_position_embeddings": 64})
+    assert (config.dim, config.n_layer, config.n_head, config.max_len) == (32, 2, 4, 64)
+    assert "hidden_size" not in config.to_hf()

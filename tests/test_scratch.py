@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import SPECIAL, call, rows, settings_kept, tiny_config, tiny_model
+from transformers import GPT2LMHeadModel
 
-from minift import InputError, load
+from minift import Example, InputError, load, save
+from minift.batch import collate
+from minift.bert import BertMasked
 from minift.config import ModelConfig
+from minift.gpt import GPTClassifier, GPTLanguageModel
 from minift.scratch import make_tokenizer, random_model, read_new_config
 from minift.tokenizer import Tokenizer
 
@@ -132,6 +136,77 @@ def test_random_weights_are_the_initialisers(config):
             assert abs(p.std().item() / 0.05 - 1) < 0.2 or p.numel() < 500
         else:
             assert (p == (1 if name.endswith("norm.weight") else 0)).all()
+
+
+GPT2 = """
+model_type = "gpt2"
+n_embd = 128
+n_layer = 4
+n_head = 4
+n_positions = 256
+vocab_size = 1024
+"""
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_gpt2_made_from_nothing(tmp_path, given):
+    """Its texts end with the first of its tokens, which config.json names whatever the file said,
+    whether the vocabulary is made or given; transformers loads what is saved and has its logits."""
+    (tmp_path / "gpt2.toml").write_text(GPT2 + "eos_token_id = 50256\n")
+    path, folder = tmp_path / "gpt2.toml", None
+    if given:
+        folder = tmp_path / "vocabulary"
+        folder.mkdir()
+        make_tokenizer(path, None, TEXTS, False, 0)[0].save(folder)
+    tokenizer, config = make_tokenizer(path, folder, TEXTS, False, 0, "lm")
+    assert (config.head, config.max_len, tokenizer.max_length) == ("lm", 256, 256)
+    assert given or config.vocab_size == tokenizer.vocab_size
+    assert (tokenizer.eos, tokenizer.decode([0])) == (0, "")
+    model = random_model(config, ("a", "b"), 0)
+    assert isinstance(model, GPTLanguageModel)
+    save(model, tokenizer, tmp_path / "lm")
+    raw = json.loads((tmp_path / "lm" / "config.json").read_text())
+    assert (raw["bos_token_id"], raw["eos_token_id"]) == (0, 0)
+    assert raw["architectures"] == ["GPT2LMHeadModel"]
+    peer = GPT2LMHeadModel.from_pretrained(tmp_path / "lm").eval()
+    ours, _ = load(tmp_path / "lm", head="lm")
+    (ids,) = tokenizer.ids(["we saw a good film"])
+    with torch.no_grad():
+        got = ours(collate([Example(ids, (), [*ids[1:].tolist(), 0])], [0])).logits()
+        want = peer(input_ids=torch.from_numpy(ids).long()[None]).logits[0]
+    torch.testing.assert_close(got[: len(ids)], want)
+    classifier = random_model(config, ("a", "b"), 0, "classifier")
+    assert isinstance(classifier, GPTClassifier)
+    assert classifier.config.to_hf()["pad_token_id"] == 0
+
+
+def test_random_weights_of_gpt2_are_its_initialisers(tmp_path):
+    """normal(0, init_std), and smaller by the root of how many add to the stream where they do;
+    padding is zero."""
+    (tmp_path / "gpt2.toml").write_text(GPT2)
+    model = random_model(read_new_config(tmp_path / "gpt2.toml", head="lm"), (), 3)
+    again = random_model(read_new_config(tmp_path / "gpt2.toml"), (), 3, "lm")
+    for (name, p), q in zip(model.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(p, q)
+        if p.ndim > 1:
+            std = 0.02 / (8**0.5 if name.endswith(("out.weight", "down.weight")) else 1)
+            assert abs(p.std().item() / std - 1) < 0.05, name
+        else:
+            assert (p == (1 if name.endswith("norm.weight") else 0)).all()
+
+
+def test_masked_words_of_a_new_model(config):
+    """A head is made with the encoder; what else the configuration is of does not matter."""
+    raw = json.loads(config.read_text())
+    config.write_text(json.dumps(raw | {"task": "instruct", "template": ["a", "b"]}))
+    tokenizer, made = make_tokenizer(config, None, TEXTS, False, 0, "lm")
+    model = random_model(made, (), 0)
+    assert isinstance(model, BertMasked)
+    assert (made.task, made.template) == ("", None)
+    assert model.head.dense.weight.std() > 0.1
+    assert not model.head.bias.any()
+    assert made.to_hf()["architectures"] == ["BertForMaskedLM"]
+    assert tokenizer.misfit(made) is None
 
 
 @pytest.mark.parametrize("changes", [{}, ROBERTA])

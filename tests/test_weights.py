@@ -383,7 +383,7 @@ def test_a_config_that_is_none(folder, content, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, "expected model_type bert, "),
+        ({"model_type": "t5"}, "expected model_type bert, "),
         ({"position_embedding_type": "relative_key"}, "expected absolute positions"),
         ({"hidden_act": "swish"}, "expected hidden_act gelu or "),
         ({"hidden_size": "big"}, "expected hidden_size in config.json as a number in"),
