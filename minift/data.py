@@ -38,6 +38,7 @@ from .readers import (
 Keys = list[str | int | None]
 Cells = tuple[Keys, Iterable[tuple[int, list]]]  # and, row by row, a line and what stands in them
 
+END_OF_TEXT = "<|endoftext|>"
 _ABSENT = object()  # what an object of JSON does not have; null is something
 
 _USUAL = {  # what the columns are called in the files of the world, the likeliest first
@@ -67,7 +68,8 @@ class Columns:
     """Which columns to read: names, or 1-based numbers as text ("2") in a CSV or TSV.
 
     In JSON a name may lead through objects and lists, "messages.0.content", unless a key is called
-    so. None: find the column. A pair is not looked for when `text` is given, or `pair` is empty.
+    so. None: find the column. A pair is not looked for when `text` is given, or `pair` is empty; a
+    label is not when `label` is empty.
     """
 
     text: str | None = None
@@ -99,6 +101,35 @@ def read_rows(path: Path, columns: Columns = Columns(), labelled: bool = True) -
     if os.path.isdir(path):
         return _folder_rows(path, columns, labelled)
     return _file_rows(path, columns, labelled)[1]
+
+
+def read_documents(path: Path, column: str | None = None) -> list[Row]:
+    """Running text: of a table or JSON lines a document a row, else of a file; a file of text may
+    hold several with <|endoftext|> between them. Blank ones are left out.
+
+    Args:
+        path: the file, or a folder of such files.
+        column: of the texts, where there are columns.
+
+    Raises:
+        InputError: as `read_rows`, or there is no text.
+    """
+    columns, rows, files = Columns(text=column, pair="", label=""), [], [path]
+    if os.path.isdir(path):
+        files = files_in(path, TABLES + JSON) or files_in(path, TEXT)
+        if not files:
+            expected = f"files {' '.join(TABLES + JSON + TEXT)} in it"
+            raise wrong(shown_path(path), expected, "none", "name a file or another folder")
+    for file in files:
+        if ending_of(file) in TABLES + JSON:
+            rows += _file_rows(file, columns, False, shown_path(file))[1]
+        else:
+            texts, name = whole_text(file).split(END_OF_TEXT), shown_path(file)
+            rows += [Row(text, line=1, file=name) for text in texts]
+    rows = [row for row in rows if row.text.strip()]
+    if not rows:
+        raise empty(shown_path(path))
+    return rows
 
 
 def read_texts(path: Path, columns: Columns = Columns()) -> list[Row]:
@@ -205,13 +236,13 @@ def _json_cells(records: Iterator[Object], columns: Columns, labelled: bool, fil
     names = dict.fromkeys(key for _, record in objects for key in record)
     names |= dict.fromkeys(path for _, record in objects[:100] for path in _paths(record))
     for name in filter(None, vars(columns).values()):
-        if "." in name and any(_value(record, name) is not _ABSENT for _, record in objects):
+        if "." in name and any(value_at(record, name) is not _ABSENT for _, record in objects):
             names.setdefault(name)  # a path that may go deeper
     where, names = f"{file}:{objects[0][0]}", list(names)
     asked = _asked(names, columns, where, numbers=False)
     keys = [None if i is None else names[i] for i in _named(names, asked, columns, labelled, where)]
     return keys, (
-        (line, [None if key is None else _value(record, key) for key in keys])
+        (line, [None if key is None else value_at(record, key) for key in keys])
         for line, record in objects
     )
 
@@ -227,7 +258,7 @@ def _paths(value: object, above: str = "", depth: int = 4) -> Iterator[str]:
             yield f"{above}{key}"
 
 
-def _value(record: dict[str, object], name: str) -> object:
+def value_at(record: dict[str, object], name: str) -> object:
     """What stands under a key, or at the end of a dotted path."""
     if name in record or "." not in name:
         return record.get(name, _ABSENT)
@@ -244,7 +275,7 @@ def _value(record: dict[str, object], name: str) -> object:
 
 
 def _table_cells(records: Iterator[Record], columns: Columns, labelled: bool, file: str) -> Cells:
-    records = _same_width(records, file)
+    records = same_width(records, file)
     first_line, first = next(records, (1, []))
     if not first:
         raise empty(file)
@@ -261,7 +292,7 @@ def _table_cells(records: Iterator[Record], columns: Columns, labelled: bool, fi
     return _cells(records, _named(names, asked, columns, labelled, where), names)
 
 
-def _same_width(records: Iterator[Record], file: str) -> Iterator[Record]:
+def same_width(records: Iterator[Record], file: str) -> Iterator[Record]:
     first_line = width = 0
     for line, fields in records:
         first_line, width = first_line or line, width or len(fields)
@@ -356,7 +387,7 @@ def _unnamed(
     free = [i for i in range(len(first)) if i not in asked.values()]
     text, pair, label = (asked.get(role) for role in _USUAL)
     if len(first) <= 3:
-        if label is None and len(free) > (text is None):
+        if columns.label != "" and label is None and len(free) > (text is None):
             label = min(free, key=lambda i: (len({fields[i] for _, fields in table}), -i))
             free.remove(label)
         if text is None and free:
@@ -364,7 +395,8 @@ def _unnamed(
             worded = [i for i in free if any(c.isalpha() for fields in head for c in fields[i])]
             text, *rest = worded or free
             pair = rest[0] if rest and columns.pair is None else pair
-    if text is None or (labelled and label is None):
+    several = columns.label == "" and len(first) > 1 and "text" not in asked
+    if text is None or several or (labelled and label is None):
         got = f"{len(first)} column(s) {show(first)}"
         todo = "set --text_column and --label_column, or check the commas (CSV) or tabs (TSV)"
         raise wrong(where, "a header with usual names, or a text and a label", got, todo)

@@ -1,4 +1,7 @@
-"""The one exception that is the user's to mend."""
+"""What is said to the person at the keyboard: the one exception that is theirs to mend, and lines
+to be shown on the way."""
+
+from dataclasses import dataclass
 
 
 class InputError(ValueError):
@@ -9,3 +12,11 @@ class InputError(ValueError):
     def __init__(self, message: str):
         # Names and labels from outside may hold line ends; the message is one line all the same.
         super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A line or a table for the reader; `loud` ones must not be missed."""
+
+    text: str
+    loud: bool = False

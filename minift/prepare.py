@@ -1,9 +1,8 @@
 """From the settings of a run to everything that its first step needs: what can fail, fails here."""
 
 import re
-from collections import Counter
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -11,26 +10,17 @@ from torch import nn
 
 from .batch import Batches, Example
 from .config import RunConfig, TrainConfig
-from .data import Columns, Row, fingerprint, read_rows
-from .errors import InputError
+from .data import fingerprint
+from .errors import InputError, Notice
 from .hub import locate
 from .methods import format_rules
 from .ops import TABLES, Ops, ops_for
-from .readers import show
 from .scratch import make_tokenizer, random_model, read_new_config
-from .splits import overlap, stratified_split, with_texts
-from .tasks.classification import Classification, label_names
+from .tasks import TASKS
+from .tasks.task import Task
 from .tokenizer import Tokenizer
 from .train import TrainState, compute_dtype
 from .weights import load_model, load_tokenizer, read_config
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A line or a table for the reader; `loud` ones must not be missed."""
-
-    text: str
-    loud: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,9 +45,9 @@ class Job:
     ops: Ops
     model: nn.Module
     tokenizer: Tokenizer
-    task: Classification
+    task: Task
     state: TrainState
-    examples: dict[str, list[Example]]  # train, validation and, if there are any, test
+    examples: dict[str, Sequence[Example]]  # train, validation and, if there are any, test
     batches: Batches
     files: dict[str, str]  # path -> sha256
 
@@ -76,104 +66,6 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device {name}: no GPU that torch can use is here: use --device cpu")
     return device
-
-
-def read_data(run: RunConfig, seed: int) -> Generator[Notice, None, dict[str, list[Row]]]:
-    """Rows of train, validation and test; says how many, and where validation comes from.
-
-    Raises:
-        InputError: a file is not as it should be.
-    """
-    columns = Columns(run.text_column or None, run.pair_column or None, run.label_column or None)
-    files = {"train": run.train_file, "validation": run.validation_file, "test": run.test_file}
-    rows = {}
-    for part, path in files.items():
-        if path:
-            rows[part], blank = with_texts(read_rows(path, columns))
-            if text := left_out(blank, rows[part], path):
-                yield Notice(f"{part}: {text}", loud=True)
-    labels = label_names(rows["train"], run.train_file)
-    if not run.validation_file:
-        train, validation = stratified_split(rows["train"], run.validation_split, seed)
-        if not validation:
-            hint = "" if len(labels) < len(train) / 2 else ", or is it another column"
-            raise InputError(
-                f"{run.train_file}: too few rows of each of {len(labels):,} labels to keep some "
-                f"for validation: give --validation_file{hint}"
-            )
-        rows |= {"train": train, "validation": validation}
-        yield Notice(
-            f"no --validation_file: {len(validation):,} of the training rows, drawn by label with "
-            f"seed {seed}, are kept for validation"
-        )
-    counts = ", ".join(f"{part} {len(rows[part]):,}" for part in files if part in rows)
-    kind = "pairs of texts" if rows["train"][0].pair is not None else "texts"
-    often = Counter(row.label for row in rows["train"]).most_common()
-    shown = ", ".join(f"{name} {n:,}" for name, n in often[:8]) + (", ..." if often[8:] else "")
-    first = rows["train"][0]
-    texts = show(first.text) if first.pair is None else f"{show(first.text)} and {show(first.pair)}"
-    yield Notice(
-        f"rows: {counts}; {kind}; {len(labels)} labels\n"
-        f"  labels     {shown}\n  first row  {texts}: {first.label}"
-    )
-    alike = Counter(label.casefold() for label in labels)
-    if twice := [label for label in labels if alike[label.casefold()] > 1]:
-        yield Notice(f"labels that differ only in case: {', '.join(twice[:8])}", loud=True)
-    return rows
-
-
-def left_out(blank: list[Row], kept: list[Row], path: str) -> str | None:
-    """What to say of rows without a text, if there are any.
-
-    Raises:
-        InputError: there are no others.
-    """
-    if not blank:
-        return None
-    first = f"{blank[0].file or path}:{blank[0].line}"
-    if not kept:
-        raise InputError(f"{first}: expected a text in some row, every one is blank")
-    what = "1 row is" if len(blank) == 1 else f"{len(blank):,} rows are"
-    return f"{what} left out for having no text, the first at {first}"
-
-
-def encode(
-    run: RunConfig, rows: dict[str, list[Row]], task: Classification, tokenizer: Tokenizer
-) -> Generator[Notice, None, dict[str, list[Example]]]:
-    """The examples of all parts; says how many texts were cut.
-
-    Raises:
-        InputError: a label is one that the training rows do not have, or a text is too long and
-            is not to be cut.
-    """
-    validation = run.validation_file or run.train_file
-    paths = {"train": run.train_file, "validation": validation, "test": run.test_file}
-    examples = {}
-    for part in rows:
-        examples[part] = task.encode(rows[part], tokenizer, paths[part])
-        if text := overflow(run.overflow, rows[part], examples[part], tokenizer, paths[part]):
-            yield Notice(f"{part}: {text}", loud=True)
-    return examples
-
-
-def overflow(
-    how: str, rows: list[Row], examples: list[Example], tokenizer: Tokenizer, path: str
-) -> str | None:
-    """What to say of texts that are longer than the limit, if there are any.
-
-    Raises:
-        InputError: there are some, and `how` is "error".
-    """
-    long = [row for row, example in zip(rows, examples, strict=True) if example.cut]
-    if not long:
-        return None
-    limit = tokenizer.max_length
-    if how == "error":
-        raise InputError(
-            f"{long[0].file or path}:{long[0].line}: longer than {limit} tokens, as {len(long):,} "
-            f"of {len(rows):,} texts are: raise --max_seq_length, or --overflow cut"
-        )
-    return f"{len(long):,} of {len(rows):,} texts are longer than {limit} tokens and cut there"
 
 
 def length_limit(wanted: int, max_len: int) -> int:
@@ -195,20 +87,14 @@ def length_limit(wanted: int, max_len: int) -> int:
     return wanted or max_len
 
 
-def warn_of_data(
-    rows: dict[str, list[Row]], examples: dict[str, list[Example]], tokenizer: Tokenizer
-) -> Iterator[Notice]:
-    """What is strange about the data, and no mistake."""
-    for part in ("validation", "test"):
-        if n := overlap(rows["train"], rows.get(part, [])):
-            text = f"{n:,} of {len(rows[part]):,} {part} rows stand in the training rows too"
-            yield Notice(f"{text}: results on them look better than they are", loud=True)
-    unknown = tokenizer.backend.token_to_id(tokenizer.special["unk"])
-    tokens = sum(len(example.tokens) for example in examples["train"])
-    share = sum(example.tokens.count(unknown) for example in examples["train"]) / tokens
-    if share > 0.05:
-        text = f"{share:.0%} of the tokens of the training rows are unknown to the vocabulary"
-        yield Notice(f"{text}: is it of another language, or of small letters only?", loud=True)
+def check_flags(run: RunConfig, config: TrainConfig) -> None:
+    """Raises InputError when a setting is given that the task does not read."""
+    mine = TASKS[run.task].flags
+    known = {name for task in TASKS.values() for name in task.flags}
+    for given in (run, config):
+        for f in fields(given):
+            if f.name in known and f.name not in mine and getattr(given, f.name) != f.default:
+                raise InputError(f"--{f.name} is not read by --task {run.task}: leave it out")
 
 
 def find_source(run: RunConfig) -> Generator[Notice, None, Source]:
@@ -221,19 +107,22 @@ def find_source(run: RunConfig) -> Generator[Notice, None, Source]:
     vocabulary = locate(run.tokenizer_name, None, token) if run.tokenizer_name else None
     if run.config_name:
         config = read_new_config(Path(run.config_name))
+        TASKS[run.task].check(config)
         return Source(None, vocabulary, None, length_limit(run.max_seq_length, config.max_len))
     name = run.model_name_or_path
     if not Path(name).expanduser().is_dir() and not name.startswith(("/", ".", "~")):
         yield Notice(f"{run.model_name_or_path}: no folder here, looking on the hub")
     folder = locate(run.model_name_or_path, run.model_revision or None, token)
     config = read_config(folder)
+    TASKS[run.task].check(config)
     limit = length_limit(run.max_seq_length, config.max_len)
     tokenizer = load_tokenizer(vocabulary or folder, config, limit)
+    tokenizer.max_length = run.max_seq_length or tokenizer.max_length  # what is asked for wins
     return Source(folder, vocabulary or folder, tokenizer, limit)
 
 
 def load_parts(
-    run: RunConfig, source: Source, rows: list[Row], labels: tuple[str, ...], seed: int
+    run: RunConfig, source: Source, texts: Iterable[str], labels: tuple[str, ...], seed: int
 ) -> Generator[Notice, None, tuple[nn.Module, Tokenizer]]:
     """Model and tokenizer; says what became of every tensor of the file.
 
@@ -241,12 +130,14 @@ def load_parts(
         InputError: they cannot be loaded or made.
     """
     if source.folder is not None:
-        model, report = load_model(source.folder, labels, seed)
+        model, report = load_model(source.folder, labels, seed, TASKS[run.task].head)
         yield Notice(str(report))
         return model, source.tokenizer
-    texts = [text for row in rows for text in (row.text, row.pair) if text]
     path = Path(run.config_name)
-    tokenizer, config = make_tokenizer(path, source.vocabulary, texts, run.cased, source.limit)
+    head = TASKS[run.task].head
+    tokenizer, config = make_tokenizer(
+        path, source.vocabulary, texts, run.cased, source.limit, head
+    )
     model = random_model(config, labels, seed)
     made = "" if source.vocabulary else ", made of the training texts"
     yield Notice(
@@ -262,29 +153,32 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     Raises:
         InputError: something is wrong with what was given.
     """
+    check_flags(run, config)
     if run.threads:
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
     ops = ops_for(device) if run.ops == "auto" else TABLES[run.ops]
     source = yield from find_source(run)
-    rows = yield from read_data(run, config.seed)
-    labels = label_names(rows["train"], run.train_file)
-    model, tokenizer = yield from load_parts(run, source, rows["train"], labels, config.seed)
-    labels, pairs = model.config.labels, rows["train"][0].pair is not None
-    model.config = replace(model.config, pairs=pairs)
-    weights = Classification.weights(run.class_weights, labels, rows["train"])
-    task = Classification(labels, weights, config.label_smoothing_factor)
-    examples = yield from encode(run, rows, task, tokenizer)
-    check_metric(run.metric_for_best_model, task, examples["validation"])
-    yield from warn_of_data(rows, examples, tokenizer)
+    kind = TASKS[run.task]
+    rows = yield from kind.read(run, config.seed)
+    train, labels = rows["train"], kind.labels_of(rows["train"], run)
+    texts = kind.texts(train)
+    model, tokenizer = yield from load_parts(run, source, texts, labels, config.seed)
+    task = kind.of(run, config, model, tokenizer, train)
+    examples = yield from task.encode_all(run, rows, tokenizer)
+    check_metric(run.metric_for_best_model, task, model, examples["validation"], ops)
+    yield from task.strange(rows, examples, tokenizer)
     model.to(device)
     state = TrainState.new(model, config, ops)
     yield Notice(format_rules(state.groups))
-    files = run.train_file, run.validation_file, run.test_file
+    files = run.train_file, run.validation_file, run.test_file, run.config_name
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    batches = Batches(examples["train"], size, accumulation, config.seed)
+    vary = task.vary(examples["train"], config.seed)
+    batches = Batches(examples["train"], size, accumulation, config.seed, vary)
     buckets, slack = batches.buckets()
-    yield Notice(f"batches of {buckets} different sizes; {slack:.1%} of their rows are empty")
+    yield Notice(
+        f"batches of {buckets} different numbers of rows; {slack:.1%} of all rows are empty"
+    )
     return Job(
         run=run,
         config=config,
@@ -302,9 +196,14 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     )
 
 
-def check_metric(name: str, task: Classification, examples: list[Example]) -> None:
+def check_metric(
+    name: str, task: Task, model: nn.Module, examples: Sequence[Example], ops: Ops
+) -> None:
     """Raises InputError when `name` is not among the metrics."""
-    known = task.metrics(torch.zeros(1, len(task.labels)).numpy(), examples[:1])
+    if not name:
+        return
+    outputs = task.outputs(model, examples[:1], torch.float32, ops_for(torch.device("cpu")))
+    known = task.metrics(outputs, examples[:1])
     if name.removeprefix("eval_") not in known:
         raise InputError(
             f"metric_for_best_model {name!r} is unknown: expected one of {', '.join(known)}"

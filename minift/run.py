@@ -25,10 +25,9 @@ import torch
 
 from .checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint
 from .config import RunConfig, TrainConfig
-from .errors import InputError
+from .errors import InputError, Notice
 from .files import cannot_write, make_folder, read_json, remove_partial, write_json
-from .prepare import Job, Notice, prepare
-from .tasks.classification import logits_of
+from .prepare import Job, prepare
 from .train import Diverged, Step, train
 from .weights import read_weights, save_model
 
@@ -37,6 +36,7 @@ FREE = set(
     "output_dir resume_from_checkpoint overwrite_output_dir save_total_limit test_file device "
     "threads graph gradient_checkpointing".split()
 )
+SMALLER = ("loss", "perplexity", "bits_per_byte", "loss_per_character")  # is better
 LATE = {"cpu": 1, "cuda": 50}  # steps whose losses are read at once: on a GPU reading waits
 # What a run leaves in its folder besides checkpoints.
 OWN = (
@@ -52,6 +52,7 @@ class Evaluation:
     epoch: float
     metrics: dict[str, float | None]
     best: bool
+    headline: str  # what a line of progress shows
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,8 @@ class Finished:
     """The summary of the run: what a script reads."""
 
     summary: dict[str, Any]
-    labels: tuple[str, ...]
-    target: list[int]  # of the validation rows
-    predicted: list[int]  # of the best model
+    table: str  # of the validation rows and the best model; "": none
+    verdict: str  # a warning, if the model has learned nothing; "": it has
 
 
 @dataclass
@@ -194,23 +194,25 @@ class Run:
             raise cannot_write(self.output / "metrics.jsonl", error) from None
         self.progress.log_bytes += len(line)
 
-    def logits(self, part: str) -> np.ndarray:
-        """(N, labels) of the rows of train, validation or test."""
+    def outputs(self, part: str) -> np.ndarray:
+        """What the model makes of the rows of train, validation or test."""
         job = self.job
-        return logits_of(job.model, job.examples[part], job.dtype, job.ops)
+        return job.task.outputs(job.model, job.examples[part], job.dtype, job.ops)
 
     def evaluate(self, step: Step) -> Evaluation:
         """Metrics of the validation rows; a better model than ever is written to OUTPUT."""
         start, job, progress = time.perf_counter(), self.job, self.progress
-        metrics = job.task.metrics(self.logits("validation"), job.examples["validation"])
+        metrics = job.task.metrics(self.outputs("validation"), job.examples["validation"])
         seconds = time.perf_counter() - start
-        name = self.run.metric_for_best_model.removeprefix("eval_")
+        name = (self.run.metric_for_best_model or job.task.best).removeprefix("eval_")
         value = metrics[name]
-        gain = -1e300 if value is None else -value if name == "loss" else value
+        gain = -1e300 if value is None else -value if name in SMALLER else value
         gained = progress.best is None or gain > progress.best
         # Of two models that are as good, the surer one: small validation sets tie early.
         lower = math.inf if metrics["loss"] is None else metrics["loss"]
-        best = gained or (gain == progress.best and lower < progress.best_metrics["eval_loss"])
+        least = (progress.best_metrics or {}).get("eval_loss")
+        least = math.inf if least is None else least
+        best = gained or (gain == progress.best and lower < least)
         progress.without_gain = 0 if gained else progress.without_gain + 1
         events = {f"eval_{k}": v for k, v in metrics.items()}
         if best:
@@ -220,7 +222,7 @@ class Run:
         patience = self.run.early_stopping_patience
         progress.stopped = bool(patience) and progress.without_gain >= patience
         self.log({"step": step.index, "epoch": step.epoch, **events, "eval_runtime": seconds})
-        return Evaluation(step.index, step.epoch, metrics, best)
+        return Evaluation(step.index, step.epoch, metrics, best, job.task.headline(metrics))
 
     def steps(self) -> Iterator[Step | Evaluation | Notice]:
         """Trains, evaluates, saves."""
@@ -272,7 +274,7 @@ class Run:
         read_weights(job.model, self.output / "model.safetensors")
         test = {}
         if "test" in job.examples:
-            test = job.task.metrics(self.logits("test"), job.examples["test"])
+            test = job.task.metrics(self.outputs("test"), job.examples["test"])
         epochs, seconds = job.state.step / len(job.batches), max(progress.seconds, 1e-9)
         tokens = sum(len(e.tokens) for e in job.examples["train"])
         summary = {
@@ -290,9 +292,11 @@ class Run:
             "output_dir": str(self.output),
         }
         self.log({"step": job.state.step, **summary})
-        target = [example.target for example in job.examples["validation"]]
-        predicted = self.logits("validation").argmax(-1).tolist()
-        return Finished(summary, job.task.labels, target, predicted)
+        table = ""
+        if job.task.tabled:
+            table = job.task.table(self.outputs("validation"), job.examples["validation"])
+        best = {k.removeprefix("eval_"): v for k, v in (progress.best_metrics or {}).items()}
+        return Finished(summary, table, job.task.verdict(best))
 
 
 def fine_tune(

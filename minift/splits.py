@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 from .data import Row
 from .errors import InputError
@@ -53,6 +54,29 @@ def stratified_split(rows: list[Row], fraction: float, seed: int) -> tuple[list[
         held_out.update(rng.sample(indices, min(share, len(indices) - 1)))
     train = [row for i, row in enumerate(rows) if i not in held_out]
     return train, [row for i, row in enumerate(rows) if i in held_out]
+
+
+def split_texts(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(train, validation) of running texts, in the order of `rows`; of a single text the end, from
+    the begin of a line, is the second.
+
+    Args:
+        rows: documents.
+        fraction: share of the documents, or of the characters of a single one, that is held out.
+        seed: chooses the documents.
+    """
+    if len(rows) > 1:
+        share = min(max(1, round(len(rows) * fraction)), len(rows) - 1)
+        held_out = set(random.Random(seed).sample(range(len(rows)), share))
+        parts: tuple[list[Row], list[Row]] = [], []
+        for i, row in enumerate(rows):
+            parts[i in held_out].append(row)
+        return parts
+    (row,) = rows
+    cut = int(len(row.text) * (1 - fraction))
+    cut = row.text.find("\n", cut) + 1 or cut
+    head, tail = row.text[:cut], row.text[cut:]
+    return [replace(row, text=head)], [replace(row, text=tail)] if tail.strip() else []
 
 
 def _folded(row: Row) -> tuple[str, ...]:

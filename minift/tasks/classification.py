@@ -3,20 +3,26 @@
 import functools
 import re
 from array import array
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..batch import Batch, Example, evaluation_batches
-from ..data import Row
-from ..errors import InputError
-from ..metrics import classification_metrics
+from ..config import RunConfig, TrainConfig
+from ..data import Columns, Row, read_rows
+from ..errors import InputError, Notice
+from ..metrics import classification_metrics, format_confusion
 from ..ops import Ops, TargetReport, ops_for
+from ..readers import show
+from ..splits import stratified_split, with_texts
 from ..tokenizer import BLOCK, Tokenizer
+from .task import Parts, Said, Task, both_sides, left_out, overflow
 
 
 def label_names(rows: Sequence[Row], path: str | Path = "training rows") -> tuple[str, ...]:
@@ -34,12 +40,96 @@ def label_names(rows: Sequence[Row], path: str | Path = "training rows") -> tupl
 
 
 @dataclass(frozen=True)
-class Classification:
+class Classification(Task):
     """What the labels are and how the loss counts them."""
+
+    name: ClassVar = "classification"
+    head: ClassVar = "classifier"
+    flags: ClassVar = (
+        *("text_column", "pair_column", "label_column"),
+        *("class_weights", "label_smoothing_factor", "overflow"),
+    )
+    best: ClassVar = "accuracy"
+    tabled: ClassVar = True
+    scales: ClassVar = False
 
     labels: tuple[str, ...]
     class_weights: tuple[float, ...] | None = None  # one a label; None: all 1
     label_smoothing: float = 0.0
+
+    @classmethod
+    def read_file(cls, run: RunConfig, part: str, path: str) -> Said:
+        """Rows with a text; says how many have none. See `Task.read_file`."""
+        columns = run.text_column or None, run.pair_column or None, run.label_column or None
+        rows, blank = with_texts(read_rows(path, Columns(*columns)))
+        if text := left_out(blank, rows, path):
+            yield Notice(f"{part}: {text}", loud=True)
+        return rows
+
+    @classmethod
+    def split(
+        cls, rows: Sequence[Row], run: RunConfig, seed: int
+    ) -> tuple[list[Row], list[Row], str]:
+        """By label: see `stratified_split`."""
+        train, validation = stratified_split(rows, run.validation_split, seed)
+        labels = {row.label for row in rows}
+        if not validation:
+            hint = "" if len(labels) < len(train) / 2 else ", or is it another column"
+            raise InputError(
+                f"{run.train_file}: too few rows of each of {len(labels):,} labels to keep some "
+                f"for validation: give --validation_file{hint}"
+            )
+        how = f"{len(validation):,} of the training rows, drawn by label with seed {seed}"
+        return train, validation, f"{how}, are kept for validation"
+
+    @classmethod
+    def found(cls, rows: Parts) -> Notice:
+        """Counts, labels, the first row as it was understood."""
+        counts = ", ".join(f"{part} {len(rows[part]):,}" for part in rows)
+        first = rows["train"][0]
+        often = Counter(row.label for row in rows["train"]).most_common()
+        shown = ", ".join(f"{name} {n:,}" for name, n in often[:8]) + (", ..." if often[8:] else "")
+        kind, texts = "texts", show(first.text)
+        if first.pair is not None:
+            kind, texts = "pairs of texts", f"{texts} and {show(first.pair)}"
+        return Notice(
+            f"rows: {counts}; {kind}; {len(often)} labels\n"
+            f"  labels     {shown}\n  first row  {texts}: {first.label}"
+        )
+
+    @classmethod
+    def texts(cls, rows: Sequence[Row]) -> Iterable[str]:
+        """See `Task.texts`."""
+        return [text for row in rows for text in (row.text, row.pair) if text]
+
+    @classmethod
+    def labels_of(cls, rows: Sequence[Row], run: RunConfig) -> tuple[str, ...]:
+        """See `label_names`."""
+        return label_names(rows, run.train_file)
+
+    @classmethod
+    def of(
+        cls,
+        run: RunConfig,
+        config: TrainConfig,
+        model: nn.Module,
+        tokenizer: Tokenizer,
+        rows: Sequence[Row],
+    ) -> "Classification":
+        """See `Task.of`."""
+        labels = model.config.labels
+        model.config = replace(model.config, pairs=rows[0].pair is not None)
+        weights = cls.weights(run.class_weights, labels, rows)
+        return cls(labels, weights, config.label_smoothing_factor)
+
+    def encode_file(
+        self, run: RunConfig, part: str, path: str, rows: Sequence[Row], tokenizer: Tokenizer
+    ) -> Said:
+        """Says how many texts were cut. See `Task.encode_file`."""
+        examples = self.encode(rows, tokenizer, path)
+        if text := overflow(run.overflow, rows, examples, tokenizer, path):
+            yield Notice(f"{part}: {text}", loud=True)
+        return examples
 
     @staticmethod
     def weights(
@@ -110,9 +200,14 @@ class Classification:
         return examples
 
     def loss(
-        self, logits: Tensor, batch: Batch, ops: Ops, report: TargetReport | None = None
+        self,
+        logits: Tensor,
+        batch: Batch,
+        ops: Ops,
+        report: TargetReport | None = None,
+        scale: Tensor | None = None,
     ) -> Tensor:
-        """() the sum of the weighted losses of a batch, fp32; `report` sees the targets."""
+        """See `minift.tasks.task.Task`."""
         weight = self.class_weights and _uploaded(self.class_weights, logits.device)
         smoothing = self.label_smoothing
         losses = ops.cross_entropy(logits, batch.targets, weight, smoothing, report=report)
@@ -138,6 +233,41 @@ class Classification:
         loss = float(-scores[np.arange(len(target)), target].mean())
         measured = classification_metrics(target, logits.argmax(-1), len(self.labels), self.labels)
         return {"loss": loss if np.isfinite(loss) else None, **measured}
+
+    def outputs(
+        self, model: nn.Module, examples: Sequence[Example], dtype: torch.dtype, ops: Ops | None
+    ) -> np.ndarray:
+        """See `logits_of`."""
+        return logits_of(model, examples, dtype, ops)
+
+    def headline(self, metrics: dict[str, float | None]) -> str:
+        """See `Task.headline`."""
+        loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
+        return f"loss {loss}  accuracy {metrics['accuracy']:.4f}  f1 {metrics['f1']:.4f}"
+
+    def table(self, outputs: np.ndarray, examples: Sequence[Example]) -> str:
+        """The confusion table."""
+        target = np.array([e.target for e in examples])
+        return format_confusion(target, outputs.argmax(-1), self.labels)
+
+    def verdict(self, metrics: dict[str, float | None]) -> str:
+        """Warns when a model is no better than always answering the commonest label."""
+        accuracy, majority = metrics["accuracy"], metrics["majority_accuracy"]
+        if accuracy > majority:
+            return ""
+        return (
+            f"accuracy {accuracy:.4f} does not beat always answering the commonest label "
+            f"({majority:.4f}): the model has learned nothing of use; more --epochs or a higher "
+            "--lr may help"
+        )
+
+    def strange(self, rows: Parts, examples: Parts, tokenizer: Tokenizer) -> Iterator[Notice]:
+        """Labels that look alike, rows on both sides, unknown words."""
+        alike = Counter(label.casefold() for label in self.labels)
+        if twice := [label for label in self.labels if alike[label.casefold()] > 1]:
+            yield Notice(f"labels that differ only in case: {', '.join(twice[:8])}", loud=True)
+        yield from both_sides(rows)
+        yield from super().strange(rows, examples, tokenizer)
 
 
 @functools.cache
