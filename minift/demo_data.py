@@ -275,3 +275,43 @@ def _held_out_modules(paragraphs: list[_Paragraph], seed: int) -> set[str]:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Starts that the small GPT goes on from.
+DEMO_STARTS = (
+    "def __len__(self):\n    return ",
+    "class Stack:\n    def __init__(self):\n        self.",
+    "def main():\n    parser = argparse.ArgumentParser(",
+    "    try:\n        import ",
+)
+# Data as code, and code of tests, which is much alike.
+NOT_PROSE = {"test", "tests", "encodings", "pydoc_data", "idlelib", "lib2to3", "site-packages",
+             "turtledemo", "ensurepip", "__pycache__", "dist-packages"}  # fmt: skip
+CHARACTERS = 200, 150_000  # of a module, at least and at most
+
+
+def stdlib_sources(seed: int = 0) -> DemoData:
+    """The source text of the standard library's modules, one row each; a thirtieth to validate.
+
+    Args:
+        seed: which modules validate.
+
+    Raises:
+        InputError: there is hardly any.
+    """
+    root, rows = Path(sysconfig.get_path("stdlib")), []
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if NOT_PROSE.isdisjoint(name.parts):
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if CHARACTERS[0] <= len(text) <= CHARACTERS[1]:
+                rows.append(Row(text, None, None, 1, name.as_posix()))
+    if len(rows) < 100:
+        raise InputError(f"{root}: expected the sources of the standard library, found {len(rows)}")
+    order = sorted(rows, key=lambda row: _hash(f"{seed} {row.file}"))
+    held_out = {row.file for row in order[: len(rows) // 30]}
+    train = [row for row in rows if row.file not in held_out]
+    return DemoData(train, [row for row in rows if row.file in held_out], len(rows))

@@ -202,6 +202,14 @@ def test_a_switch_in_a_file(parse):
     assert parse(toml="overwrite_output_dir = true")[0].overwrite_output_dir is True
 
 
+def test_a_file_that_describes_a_model_is_one_to_make(parse, tmp_path):
+    """--config and --config_name are easily taken for each other."""
+    path = tmp_path / "small.toml"
+    path.write_text('model_type = "gpt2"\nn_embd = 64\n')
+    run, _ = parse("--config", str(path), "--train", "t")
+    assert (run.config_name, run.train_file) == (str(path), "t")
+
+
 def test_an_empty_file_is_all_defaults(parse):
     assert parse(toml="") == (RunConfig(), TrainConfig())
 

@@ -138,3 +138,17 @@ def test_a_python_without_sources_is_explained(tmp_path, monkeypatch):
 def test_demo_sentences_are_not_in_the_data(data):
     texts = {tuple(words(row.text)) for row in data.train + data.validation}
     assert not texts & {tuple(words(sentence)) for sentence in DEMO_SENTENCES}
+
+
+def test_sources_are_whole_modules_split_by_module():
+    """Python as it stands in the library, none of its tests, nothing on both sides; again the
+    same."""
+    found = demo_data.stdlib_sources(seed=0)
+    assert found.found == len(found.train) + len(found.validation) > 200
+    assert not {r.text for r in found.train} & {r.text for r in found.validation}
+    names = {row.file for row in found.train + found.validation}
+    assert {"argparse.py", "dataclasses.py", "json/decoder.py"} <= names
+    assert not any("test" in Path(name).parts for name in names)
+    assert demo_data.stdlib_sources(seed=0) == found
+    other = demo_data.stdlib_sources(seed=1)
+    assert {r.file for r in other.validation} != {r.file for r in found.validation}
