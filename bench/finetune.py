@@ -1,9 +1,11 @@
 """Fine-tuning beside transformers and the strongest plain torch, side by side in one process.
 
     python -m bench.finetune                        on a GPU, every workload and peer
+    python -m bench.finetune --workload "GPT-2 1.5B LM 1024"    a large GPT, only by its name
     python -m bench.finetune --minutes 8            the most important ones first, in that time
     python -m bench.finetune --tiny                 a small model, on anything, in seconds
     python -m bench.finetune --device cpu           beside transformers' Trainer: bench/trainers.py
+    python -m bench.finetune --device cpu --task lm instruct --data DIR     bench/language.py
 
 All peers train the same random weights on the same rows in the same order, with the same dropout,
 clipping, schedule and decay, in blocks of steps in turn (A B C A B C ...). Moments and masters are
@@ -12,8 +14,11 @@ the clock starts and wait in pinned memory, as a loader that is never late would
 loop makes its own as it goes. Its last layer computes first tokens alone, which is all that a
 classifier needs; the peers' compute all, as their models come.
 
-Peers are in `bench.peers`, models and lengths in `bench.workloads`, the clocks in `bench.rounds`,
-whether all learn alike in `bench.learning`, floors in `bench.floors`.
+A GPT predicts tokens in full blocks, without dropout; its peers are eager and compiled transformers
+and a plain GPT in torch, compiled. Their losses are compared before anything is timed.
+
+Peers are in `bench.peers` and `bench.gpt_peers`, models and lengths in `bench.workloads`, the
+clocks in `bench.rounds`, whether all learn alike in `bench.learning`, floors in `bench.floors`.
 
 Each workload and peer is one JSON line of --out (default bench/results/finetune_gpu.jsonl):
 
@@ -22,7 +27,9 @@ Each workload and peer is one JSON line of --out (default bench/results/finetune
     note                            what this peer does not share with the others; "" if nothing
     comparable                      false: lower precision or no attention dropout, a row of its own
     device, dtype, states           "cuda", "bf16", "fp32": of the moments and masters
-    batch, tokens_per_step          sequences in a step; real tokens, the mean of the timed steps
+    task                            "classification", or "lm": tokens are predicted
+    batch, micro_batches            sequences in a step; what they are cut into, for memory
+    tokens_per_step                 real tokens, the mean of the timed steps
     tokens_per_second               real tokens by the wall clock, median over the blocks: headline
     sequences_per_second            likewise
     p10, p50, p90                   ms of a step between device events, over all blocks that count
@@ -64,17 +71,28 @@ from pathlib import Path
 
 import torch
 
-from bench import floors, learning, trainers
+from bench import floors, language, learning, trainers
 from bench.ceilings import Ceilings, measure_ceilings
+from bench.gpt_peers import GPT_PEERS
 from bench.measure import ROOT, append, fingerprint, one_line
 from bench.peers import PEERS, Job, Peer, Unavailable, import_transformers
 from bench.rounds import MIB, Course, Plan, counted, numbers, run_peers, timed_facts
-from bench.workloads import TINY, WORKLOADS, Data, Workload, train_config, write_model
+from bench.workloads import (
+    LARGE,
+    TINY,
+    TINY_GPT,
+    WORKLOADS,
+    Data,
+    Workload,
+    train_config,
+    write_model,
+)
 
 RESULTS = ROOT / "bench" / "results" / "finetune_gpu.jsonl"
 SHORTEST = 40.0  # seconds: in less no workload is begun, but the first
 FIRST_SHARE = 0.45  # of the time that is left, for the workload that is next
-LEARNING = 2  # workloads that are learned from with --learning, the first ones
+LEARNING = 2  # workloads that are learned from with --learning, the first that classify
+LONG = 6  # a block of a workload that predicts tokens has so many times fewer steps: they are long
 SUMMARY = ("tokens_per_second", "p50", "of_target", "best_peer", "ratio_to_best_peer",
            "ratio_to_default_peer", "trusted")  # fmt: skip
 FLOORS = ("floor_ms", "target_ms", "floor_measured_ms", "of_floor", "of_target")
@@ -165,7 +183,9 @@ def peer_row(
         "device": session.device.type,
         "dtype": session.dtype,
         "states": course.kind.states,
+        "task": "lm" if workload.predicts else "classification",
         "batch": workload.batch,
+        "micro_batches": course.micro_batches,
         "trusted": False,
     }
     if course.status != "timed":
@@ -304,12 +324,15 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
     """All workloads in the time there is, the first with the largest share of it."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     end = time.monotonic() + 60 * args.minutes
-    workloads = [TINY] if args.tiny else chosen(WORKLOADS, args.workload)
+    workloads = [TINY, TINY_GPT]
+    if not args.tiny:
+        workloads = chosen(WORKLOADS + LARGE, args.workload) if args.workload else WORKLOADS
     out = args.out or (None if args.tiny else RESULTS)
     ceilings = measure_ceilings(device, quick=args.tiny)
-    kinds, dtype = chosen(PEERS, args.peers), args.dtype or "bf16"
-    session = Session(device, dtype, args.seeds[0], kinds, ceilings, out)
+    chosen([*{kind.name: kind for kind in (*PEERS, *GPT_PEERS)}.values()], args.peers)
+    session = Session(device, args.dtype or "bf16", args.seeds[0], [], ceilings, out)
     summary: dict = {}
+    learned_from = [workload for workload in workloads if not workload.predicts][:LEARNING]
     for i, workload in enumerate(workloads):
         left = end - time.monotonic()
         if i and left < SHORTEST:
@@ -318,9 +341,10 @@ def run(args: argparse.Namespace, device: torch.device) -> dict:
         print(workload.name, flush=True)
         last = i + 1 == len(workloads)
         end_here = end if last else time.monotonic() + max(left * FIRST_SHARE, SHORTEST)
-        here = replace(session, exact=i == 0)
+        here = replace(session, kinds=peers_of(workload, args.peers), exact=i == 0)
+        learning_steps = args.learning * (workload in learned_from)
         try:
-            rows = time_workload(workload, here, args, end_here, args.learning * (i < LEARNING))
+            rows = time_workload(workload, here, args, end_here, learning_steps)
         except Exception as error:  # such as a GPU that is lost; what was written is there
             print(f"  failed: {one_line(error)}", flush=True)
             summary[workload.name] = {"failed": one_line(error)}
@@ -343,10 +367,17 @@ def time_workload(
     learned = {}
     if learning_steps:
         learned = learn_rows(workload, session, args.seeds, learning_steps)
-    plan = Plan(args.warm_up, args.blocks, args.steps, end)
+    few = LONG if workload.predicts else 1
+    plan = Plan(max(2, args.warm_up // few), args.blocks, max(3, args.steps // few), end)
     rows = run_workload(workload, session, plan, learned)
     print("\n".join(table(rows)), flush=True)
     return rows
+
+
+def peers_of(workload: Workload, names: Sequence[str]) -> list[type[Peer]]:
+    """Those of a workload, of these names or all; not more than there is room for."""
+    known = GPT_PEERS if workload.predicts else PEERS
+    return [kind for kind in known if not names or kind.name in names][: workload.room]
 
 
 def chosen(known: Sequence, names: Sequence[str]) -> list:
@@ -368,6 +399,10 @@ def parse_args() -> argparse.Namespace:
     cpu = parser.add_argument_group("beside transformers' Trainer, on a CPU")
     names = list(trainers.TRAINERS)
     cpu.add_argument("--trainers", nargs="+", choices=names, default=names)
+    tasks = ("classification", *language.CASES)
+    cpu.add_argument("--task", nargs="+", choices=tasks, default=tasks[:1])
+    cpu.add_argument("--turns", type=int, default=5, help="of lm and instruct")
+    cpu.add_argument("--turn-steps", type=int, default=3, help="steps in a turn")
     side = parser.add_argument_group("side by side, on a GPU or with --tiny")
     side.add_argument("--tiny", action="store_true", help="a small model, on any device")
     side.add_argument("--minutes", type=float, default=60.0, help="for all workloads")
@@ -390,7 +425,13 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     side_by_side = args.tiny or device.type == "cuda"
-    print(json.dumps(run(args, device) if side_by_side else trainers.run(args)))
+    if side_by_side:
+        print(json.dumps(run(args, device)))
+        return
+    summary = language.run(args)
+    if "classification" in args.task:
+        summary |= trainers.run(args)
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

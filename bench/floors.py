@@ -39,8 +39,7 @@ TILES = (  # rows, columns, share of the rate inside
     *((128, 64, 0.80), (64, 128, 0.80), (64, 64, 0.62)),
 )
 SPLITS = (1, 2, 3, 4, 6, 8)  # of the inner dimension
-GPTS = {"GPT2-124M": (12, 768, 12), "GPT2-355M": (24, 1024, 16), "GPT2-774M": (36, 1280, 20),
-        "GPT2-1.5B": (48, 1600, 25)}  # fmt: skip
+GPTS = [name for name in MODELS if name.startswith("GPT-2 ")]
 
 
 @dataclass(frozen=True)
@@ -75,15 +74,16 @@ class Sizes:
 
     @staticmethod
     def of(model: str) -> "Sizes":
-        """Of an entry of MODELS or GPTS."""
-        if model in GPTS:
-            layers, width, heads = GPTS[model]
-            return Sizes(layers, width, heads, 4 * width, 50257, 1024, causal=True)
+        """Of an entry of MODELS."""
         return Sizes.read(MODELS[model])
 
     @staticmethod
     def read(raw: dict) -> "Sizes":
-        """Of a BERT's config.json."""
+        """Of the config.json of a BERT or a GPT-2."""
+        if raw["model_type"] == "gpt2":
+            layers, width, heads = (raw[name] for name in ("n_layer", "n_embd", "n_head"))
+            vocab, positions = raw["vocab_size"], raw["n_positions"]
+            return Sizes(layers, width, heads, 4 * width, vocab, positions, causal=True)
         names = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size")
         names += ("vocab_size", "max_position_embeddings")
         return Sizes(*(raw[name] for name in names))
@@ -367,7 +367,7 @@ def table_lines() -> list[str]:
 
 def detail_lines(wanted: str) -> list[str]:
     """One line a kernel of "MODEL LENGTHS"."""
-    model = next((m for m in (*MODELS, *GPTS) if wanted.startswith(m + " ")), None)
+    model = next((m for m in MODELS if wanted.startswith(m + " ")), None)
     work = (GPT_WORK if model in GPTS else BERT_WORK).get(wanted.removeprefix(f"{model} "))
     if model is None or work is None:
         raise SystemExit(f"expected a model and lengths of the table, got {wanted!r}")

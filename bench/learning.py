@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpt_peers import GPTTransformers
 from bench.measure import one_line
 from bench.peers import Job, Minift, Peer, TorchGraphs, TorchUnpadded, Transformers
 
-CHECKED = (Minift, TorchUnpadded)
+CHECKED = (Minift.name, TorchUnpadded.name)
 CHECK_STEPS, CHECK_RATE = 3, 5e-5  # from the first step on: no warm-up
 LIMITS = {"fp32": (1e-3, 0.999), "bf16": (1e-2, 0.99)}  # loss, cosine of the gradients
 WINDOW = 20  # steps that a point of a curve is the mean of
@@ -64,13 +65,13 @@ def check_peers(kinds: Sequence[type[Peer]], job: Job, exactly: bool = True) -> 
         exactly: minift in fp32 as well: both must pass, and one that does not is told.
     """
     settings = replace(job.config, dtype="fp32", warmup_steps=0, learning_rate=CHECK_RATE)
-    exact = replace(job, config=settings, data=job.data.skewed(), made={})
-    reference = start_of(Transformers, exact)
+    exact = replace(job, config=settings, data=job.data.checked(), made={})
+    reference = start_of(GPTTransformers if job.predicts else Transformers, exact)
     found = {}
     for kind in kinds:
-        if kind not in CHECKED:
+        if kind.name not in CHECKED:
             continue
-        fp32 = ["fp32"] * (exactly and kind is Minift)
+        fp32 = ["fp32"] * (exactly and kind.name == Minift.name)
         dtypes = dict.fromkeys([job.config.dtype, *fp32])
         results = []
         for dtype in dtypes:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import minift
-from bench.unpadded import Masters, Packed, Unpadded, flash, one_by_one, pack, varlen
+from bench.unpadded import Masters, Packed, Unpadded, flash, one_by_one, pack, pinned, varlen
 from bench.workloads import Data
 from minift.batch import collate
 from minift.ops import Draw, ops_for
@@ -50,6 +50,11 @@ class Job:
     def layers(self) -> int:
         """Of the model."""
         return read_config(self.folder).n_layer
+
+    @property
+    def predicts(self) -> bool:
+        """Whether tokens are predicted, of a GPT; nothing is dropped then."""
+        return not isinstance(self.data.batches.examples[0].target, int)
 
     def rate(self, k: int) -> float:
         """The learning rate of step k."""
@@ -94,7 +99,7 @@ class Minift(Peer):
 
     def __init__(self, job: Job, **others):
         self.job = job
-        self.model, _ = minift.load_model(job.folder)
+        self.model, _ = minift.load_model(job.folder, head=read_config(job.folder).head)
         self.model.to(job.device)
         config = replace(job.config, **others)
         self.steps = minift.train(self.model, job.data.batches, config)
@@ -417,11 +422,6 @@ def compiles() -> bool:
 def bucket(width: int, longest: int) -> int:
     """The width that a compiled peer pads to: a multiple of 32 up to 128, then the longest."""
     return -(-width // 32) * 32 if width <= 128 else longest
-
-
-def pinned(x: Tensor, device: torch.device) -> Tensor:
-    """In memory that a GPU reads by itself."""
-    return x.pin_memory() if device.type == "cuda" else x
 
 
 def padded(examples, width: int, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor]:

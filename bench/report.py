@@ -16,7 +16,7 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
-from bench import figures, tables
+from bench import figures, tables, writing_tables
 from bench.rows import Missing, on_gpu, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -69,6 +69,12 @@ def write_regions(results: Results, plots: dict[str, str]) -> dict[str, str]:
             tables.finetune(rows("finetune")),
             image("finetune.svg", "tokens a second of minift and transformers"),
             tables.accuracy(rows("finetune") + rows("accuracy")),
+        ],
+        "from-nothing": [writing_tables.from_nothing(rows("from_nothing"))],
+        "lm": [
+            tables.language(rows("language")),
+            writing_tables.writing(rows("generate")),
+            writing_tables.answers(rows("responses")),
         ],
         "finetune-gpu": [
             tables.finetune_gpu(rows("finetune_gpu")),

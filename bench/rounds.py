@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import torch
@@ -25,6 +25,8 @@ from bench.peers import Job, Peer, Unavailable
 
 AHEAD = 3  # untimed steps before a block
 AGREE = 0.02  # by which the clocks may differ
+ALIKE = {"fp32": 1e-3, "bf16": 2e-3}  # by which the first losses may, where nothing is dropped
+STILL_ALIKE = 0.02  # and those after the steps to warm up
 FEW_BLOCKS = 5
 MAKING = 0.7  # of the time, to make the peers
 MIB = 2**20
@@ -56,6 +58,8 @@ class Course:
     reserved: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    micro_batches: int = 1  # in a step
+    doubts: list[str] = field(default_factory=list)
     sm_mhz: int | None = None
     watts: float | None = None
 
@@ -137,8 +141,18 @@ class Plan:
 
 
 def prepare(kind: type[Peer], job: Job, plan: Plan) -> Course:
-    """A peer, made and warm; one that cannot be says why."""
+    """A peer, made and warm; one that cannot be says why. Where memory is short it has smaller
+    micro-batches, if its steps have any."""
+    course = _prepare(kind, job, plan)
+    size = job.data.batches.batch_size
+    if course.reason.startswith("OutOfMemoryError") and size % 2 == 0 and job.predicts:
+        return prepare(kind, replace(job, data=job.data.halved()), plan)
+    return course
+
+
+def _prepare(kind, job, plan):
     course, cuda = Course(kind.name, kind), job.device.type == "cuda"
+    course.micro_batches = job.data.batches.accumulation
     gc.collect()
     before = reserved = 0
     if cuda:
@@ -247,6 +261,8 @@ def run_peers(
         course = courses[-1]
         done = f"ready in {course.prepare_seconds:.1f} s"
         say(f"  {course.name}: {done if course.peer else f'{course.status}: {course.reason}'}")
+    if job.predicts:
+        compare_losses(courses, job.config.dtype)
     clock = make_clock(job.device)
     canaries = run_rounds(courses, plan, clock)
     for course in courses:
@@ -254,7 +270,20 @@ def run_peers(
         course.peer = None
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()  # forgets the models it compiled
+    gc.collect()  # and the memory of graphs that a generator holds
     return courses, canaries
+
+
+def compare_losses(courses: list[Course], dtype: str) -> None:
+    """Doubts peers whose losses are not those of the median peer, before the first step and after
+    those to warm up: of the same weights and rows, where nothing is dropped, they are the same."""
+    ready = [course for course in courses if course.peer]
+    for name, limit in (("first_loss", ALIKE[dtype]), ("last_loss", STILL_ALIKE)):
+        middle = statistics.median_low([getattr(c, name) for c in ready]) if ready else 0.0
+        for course in ready:
+            loss = getattr(course, name)
+            if not abs(loss - middle) <= limit * middle:  # NaN compares false
+                course.doubts.append(f"{name} {loss:.4f} before it was timed, others' {middle:.4f}")
 
 
 def counted(course: Course, canaries: list[float]) -> list[Block]:
@@ -273,7 +302,7 @@ def timed_facts(course: Course, job: Job, canaries: list[float]) -> dict:
     tokens = {b.first: sum(sum(job.data.lengths(k)) for k in numbers(b)) for b in blocks}
     rates = [tokens[b.first] / b.wall * 1e3 for b in blocks]
     n = sum(len(block.times) for block in blocks)
-    batch = job.data.batches.batch_size
+    batch = job.data.batch
     wall, event = sum(b.wall for b in blocks) / n, sum(times) / n
     facts = {
         "tokens_per_step": sum(tokens.values()) / n,
@@ -290,7 +319,7 @@ def timed_facts(course: Course, job: Job, canaries: list[float]) -> dict:
         "thrown_away": len(course.blocks) - len(good),
         "steps": n,
     }
-    doubts = []
+    doubts = list(course.doubts)
     if abs(wall - event) > AGREE * wall:
         doubts.append(f"clocks differ by {abs(wall / event - 1):.1%}")
     if 2 * len(good) < len(course.blocks):

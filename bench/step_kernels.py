@@ -3,11 +3,12 @@
     python -m bench.step_kernels
     python -m bench.step_kernels --workload "tiny short" --device cpu
 
-The workloads of `bench.finetune`, in minift's own loop: bf16, dropout, clipping. Some steps pass
-first, so that all is compiled; then torch's profiler sees STEPS of them. Each kernel is a line of
-bench/results/step_kernels.jsonl: `ms` and `launches` a step, and its `share` of the time of all
-kernels. Gaps between kernels are in none. One of ours is named after its file; kernels of one name
-are one line, named after all their files. The last line printed is JSON: ms a step in kernels.
+The workloads of `bench.finetune`, in minift's own loop: bf16, clipping, dropout of a BERT. Some
+steps pass first, so that all is compiled; then torch's profiler sees STEPS of them. Each kernel is
+a line of bench/results/step_kernels.jsonl: `ms` and `launches` a step, and its `share` of the time
+of all kernels. Gaps between kernels are in none. One of ours is named after its file; kernels of
+one name are one line, named after all their files. The last line printed is JSON: ms a step in
+kernels.
 """
 
 import argparse
@@ -22,11 +23,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench.codegen import find_launches
 from bench.measure import ROOT, append, fingerprint
-from bench.workloads import MODELS, TINY, WORKLOADS, Data, train_config
+from bench.workloads import DROPOUT, LARGE, TINY, WORKLOADS, Data, model_of, train_config
 from minift import train
-from minift.bert import BertClassifier
-from minift.config import ModelConfig
-from minift.layers import init_weights
 from minift.train import Step
 
 RESULTS = ROOT / "bench" / "results" / "step_kernels.jsonl"
@@ -36,13 +34,11 @@ FIRST = 3  # workloads
 
 def steps_of(name: str, device: torch.device) -> Iterator[Step]:
     """Training, as many steps as are wanted, kernel by kernel."""
-    known = {workload.name: workload for workload in (*WORKLOADS, TINY)}
+    known = {workload.name: workload for workload in (*WORKLOADS, *LARGE, TINY)}
     if name not in known:
         raise SystemExit(f"expected --workload of {', '.join(known)}, got {name!r}")
     workload, n = known[name], WARM_UP + STEPS
-    config = ModelConfig.from_hf(MODELS[workload.model] | {"id2label": {"0": "no", "1": "yes"}})
-    model = BertClassifier(config)
-    init_weights(model, config.init_std, seed=0)
+    model = model_of(workload.model, 0.0 if workload.predicts else DROPOUT, seed=0)
     batches = Data.make(workload, n, seed=0).batches
     settings = replace(train_config(workload, n, seed=0), graph="off")
     return train(model.to(device), batches, settings)

@@ -273,6 +273,68 @@ def mean_and_error(runs: Sequence[dict]) -> tuple[float, float]:
     return statistics.mean(found), statistics.stdev(found) / len(found) ** 0.5
 
 
+LANGUAGE = {  # as README calls them -> what their rows say
+    "minift, bf16": {"who": "minift", "dtype": "bf16"},
+    "transformers at its best": {"who": "transformers", "dtype": "bf16"},
+    "transformers as it comes": {"who": "transformers", "dtype": "fp32"},
+}
+TASKS = {  # what is learned, and its unit
+    "lm": ("tinyshakespeare, `--task lm`", "blocks"),
+    "instruct": ("E2E restaurants, `--task instruct`", "records"),
+}
+
+
+def language(rows: Sequence[dict]) -> str:
+    """Training a GPT on a CPU beside transformers: medians of turns, and the ratio."""
+    rows = [{**row, "who": row["trainer"].split()[0]} for row in on_cpu(rows)]
+    rows = newest_run(rows, "task", "dropout", "who", "dtype", "turn")
+    if not rows:
+        return ""
+    cells, sizes, first, turns = [], [], rows[0], {row["turn"] for row in rows}
+    for task, (title, unit) in TASKS.items():
+        of_task = having(rows, task=task)
+        for p in sorted({row["dropout"] for row in of_task}, reverse=True):
+            runs = {name: having(of_task, dropout=p, **facts) for name, facts in LANGUAGE.items()}
+            if any({row["turn"] for row in theirs} != turns for theirs in runs.values() if theirs):
+                raise Missing(f"language.jsonl: expected {len(turns)} turns of every trainer")
+            cells.append([title, f"{p:g}", *language_cells(*runs.values())])
+        if of_task:
+            tokens = statistics.mean(row["tokens_per_step"] / row["batch"] for row in of_task)
+            sizes.append(f"{of_task[0]['batch']} {unit} of {tokens:.0f} tokens on average")
+    (version,) = {row["trainer"].split()[1] for row in rows if row["who"] == "transformers"}
+    cpu = CPUS.get(first["cpu"], first["cpu"])
+    setting = (
+        f"Training a GPT-2 of 6 layers, 384 wide, from random weights on {first['threads']} cores "
+        f"of {cpu}, torch {first['torch'].partition('+')[0]}; batches of {' or '.join(sizes)}, and "
+        f"of a record the response alone is learned. Real tokens a second, medians of "
+        f"{said(len(turns))} turns of {said(first['steps'])} steps that the trainers take one "
+        f"after the other. transformers {version.rpartition('.')[0]}'s Trainer has the same "
+        "weights and rows: as it comes (fp32), and at its best (bf16 autocast, fused AdamW, no "
+        "cache, records grouped by length)."
+    )
+    head = ("", "dropout", "minift, bf16", "memory", "transformers at its best", "memory",
+            "as it comes", "ratio to the best")  # fmt: skip
+    return f"{paragraph(setting)}\n\n{table(head, cells)}"
+
+
+def language_cells(ours: list[dict], best: list[dict], default: list[dict]) -> list[str]:
+    """Rates and memory of minift, of the best and of the default Trainer; the ratio."""
+
+    def rate(runs):
+        found = statistics.median(row["tokens_per_second"] for row in runs) if runs else 0
+        return f"{found:,.0f}" if found else "-"
+
+    def memory(runs):
+        return f"{max(row['peak_rss_mib'] for row in runs):,.0f} MiB" if runs else "-"
+
+    rates = {row["turn"]: row["tokens_per_second"] for row in best}
+    ratios = [row["tokens_per_second"] / rates[row["turn"]] for row in ours if rates]
+    ratio = "-"
+    if ratios:
+        ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+    return [rate(ours), memory(ours), rate(best), memory(best), rate(default), ratio]
+
+
 def workloads(rows: Sequence[dict]) -> dict[str, list[dict]]:
     """Of bench.finetune on a GPU: the rows that count of each workload, those that were timed."""
     groups = newest_groups(having(on_gpu(rows), bench="finetune"), "workload")
@@ -295,11 +357,12 @@ def finetune_gpu(rows: Sequence[dict]) -> str:
         for row in having(timed, comparable=False):
             if row["tokens_per_second"] > mine["tokens_per_second"] and not is_ours(row):
                 faster.setdefault(f"{row['peer']} ({row['note']})", []).append(name)
+    shown = [having(timed, peer="minift")[0] for timed in found.values()]
     text = (
         f"{machine(mine)}, all trainers in one process, the same random weights and rows, in "
-        f"blocks of steps in turn; batch {mine['batch']}, {mine['dtype']}, moments and masters in "
-        f"fp32, dropout everywhere; transformers {mine['transformers']}. The floor is the time of "
-        "a step in which no kernel loses anything, of the same texts without padding."
+        f"blocks of steps in turn; {mine['dtype']}, moments and masters in fp32; transformers "
+        f"{mine['transformers']}. {conditions(shown)}The floor is the time of a step in which no "
+        "kernel loses anything, of the same texts without padding."
     )
     if faster:
         others = "; ".join(f"{who}: {', '.join(where)}" for who, where in faster.items())
@@ -309,6 +372,23 @@ def finetune_gpu(rows: Sequence[dict]) -> str:
     head = ("", "real tokens/s", "ms a step", "of the floor's rate", "peak memory", "fastest peer",
             "its tokens/s", "its memory", "ratio to it", "to transformers")  # fmt: skip
     return f"{paragraph(text)}\n\n{table(head, cells)}"
+
+
+def conditions(rows: Sequence[dict]) -> str:
+    """How large a step is, and what is dropped, of classifiers and of a GPT."""
+    predicting = having(rows, task="lm")
+    classifying = [row for row in rows if row not in predicting]
+    text = ""
+    if classifying:
+        text += f"BERT learns batches of {classifying[0]['batch']} with dropout everywhere. "
+    if predicting:
+        first = predicting[0]
+        length = round(first["tokens_per_step"] / first["batch"])
+        text += (
+            f"GPT-2 predicts {first['batch']} blocks of {length:,} random tokens a step, in "
+            "micro-batches where memory asks for it, without dropout, as in pretraining. "
+        )
+    return text
 
 
 def speed_cells(name: str, mine: dict, best: dict | None) -> list[str]:

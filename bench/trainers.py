@@ -198,15 +198,17 @@ class Neighbours:
     others.share  # of all cores' time, by processes that are not our children; None: nothing tells
     """
 
+    ours = 0.0  # seconds of children that go on: only those of ended ones are told by the system
+
     def __enter__(self) -> "Neighbours":
         self.start = self.seconds()
         return self
 
     def __exit__(self, *error: object) -> None:
         now = self.seconds()
-        busy, ours, wall = (b - a for a, b in zip(self.start, now, strict=True))
+        busy, ended, wall = (b - a for a, b in zip(self.start, now, strict=True))
         known = STAT.exists()
-        self.share = max(0.0, busy - ours) / (wall * os.cpu_count()) if known else None
+        self.share = max(0.0, busy - ended - self.ours) / (wall * os.cpu_count()) if known else None
 
     def seconds(self) -> tuple[float, float, float]:
         """Of all cores, of our children and ourselves, and by the clock."""

@@ -62,6 +62,11 @@ def pack(examples: list[Example], longest: int, multiple: int = 1) -> Packed:
     )
 
 
+def pinned(x: Tensor, device: torch.device) -> Tensor:
+    """In memory that a GPU reads by itself."""
+    return x.pin_memory() if device.type == "cuda" else x
+
+
 def flash(q: Tensor, k: Tensor, v: Tensor, batch: Packed, p: float) -> Tensor:
     """Torch's flash kernel, with dropout: not public, but what its own nested tensors call."""
     ends, longest = batch.cu_seqlens, batch.longest

@@ -1,8 +1,16 @@
-"""What is fine-tuned side by side: models of random weights on texts of random words.
+"""What is trained side by side: models of random weights on texts of random words.
 
 A workload is a model and how long its texts are. Half of a text's words are of two sets, and which
 of these has more words there decides its label: something to learn, at any speed. The rest are any
 words. All of it is a function of the seed.
+
+A GPT predicts each token of a block from those before it. Some tokens are frequent and most are
+rare, as words are: what there is to learn is how frequent. It drops nothing out, as GPT-2 is
+pretrained, so all peers compute the same losses. A step is 64k tokens. Weights, gradients and
+moments of a peer take 16 to 18 bytes a parameter, and what backward needs about 32 C bytes a token
+and layer in minift, whose graphs keep it, and perhaps 120 C in eager transformers: micro-batches
+are as large as lets all peers lie beside each other in an H200. A peer that runs out of memory
+nevertheless has smaller ones.
 """
 
 import json
@@ -11,11 +19,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from minift import Batches, Example, TrainConfig, save_model
-from minift.bert import BertClassifier
 from minift.config import ModelConfig
 from minift.layers import init_weights
+from minift.ops import IGNORE_INDEX
+from minift.weights import make_model
 
 BATCH = 32
 DROPOUT = 0.1
@@ -43,19 +53,48 @@ def bert(layers: int, width: int, heads: int, **others: int) -> dict:
     }
 
 
+def gpt(layers: int, width: int, heads: int, vocab: int = 50257, positions: int = 1024) -> dict:
+    """The config.json of a GPT-2, likewise."""
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": heads,
+        "vocab_size": vocab,
+        "n_positions": positions,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "bos_token_id": vocab - 1,
+        "eos_token_id": vocab - 1,
+    }
+
+
 MODELS = {
     "MiniLM-L6": bert(6, 384, 12),
     "BERT-base": bert(12, 768, 12),
     "BERT-large": bert(24, 1024, 16),
     "tiny": bert(2, 64, 2, vocab_size=2000, max_position_embeddings=64),
+    "GPT-2 124M": gpt(12, 768, 12),
+    "GPT-2 355M": gpt(24, 1024, 16),
+    "GPT-2 774M": gpt(36, 1280, 20),
+    "GPT-2 1.5B": gpt(48, 1600, 25),
+    "tiny GPT-2": gpt(2, 64, 2, vocab=1020, positions=48),
 }
 LENGTHS = {  # tokens, [CLS] and [SEP] among them: mean, standard deviation, least, most
     "SST-2": (25, 10, 5, 64),
     "SQuAD": (175, 70, 20, 384),
     "full 384": (384, 0, 384, 384),
     "short": (10, 4, 4, 24),
+    "LM 1024": (1024, 0, 1024, 1024),
+    "LM 48": (48, 0, 48, 48),
 }
-RATES = {"tiny": 1e-3}  # at which a model learns in some hundred steps
+# At which a model learns in some hundred steps; 5e-5 for others.
+RATES = {"tiny": 1e-3, "tiny GPT-2": 1e-2, "GPT-2 124M": 6e-4, "GPT-2 355M": 3e-4}
+RATES |= {"GPT-2 774M": 2.5e-4, "GPT-2 1.5B": 2e-4}
+FREQUENT = 10  # the more, the flatter: token k is there as often as 1 / (k + FREQUENT)
+CHECKED = 2  # blocks in the micro-batches that gradients are compared on
 
 
 @dataclass(frozen=True)
@@ -64,11 +103,18 @@ class Workload:
 
     model: str  # an entry of MODELS
     data: str  # an entry of LENGTHS
-    batch: int = BATCH
+    batch: int = BATCH  # sequences in a step
+    micro_batches: int = 1  # that they are cut into
+    room: int = 99  # peers whose weights and moments lie beside each other in an H200
 
     @property
     def name(self) -> str:
         return f"{self.model} {self.data}"
+
+    @property
+    def predicts(self) -> bool:
+        """Whether tokens are predicted, of a GPT; else labels."""
+        return is_gpt(self.model)
 
     @property
     def learning_rate(self) -> float:
@@ -81,8 +127,14 @@ class Workload:
         return LENGTHS[self.data][3]
 
 
+def is_gpt(model: str) -> bool:
+    """Whether an entry of MODELS is a GPT's."""
+    return MODELS[model]["model_type"] == "gpt2"
+
+
 WORKLOADS = [  # in the order of their weight: --minutes leaves out the last
     Workload("BERT-base", "SST-2"),
+    Workload("GPT-2 124M", "LM 1024", batch=64),
     Workload("MiniLM-L6", "SST-2"),
     Workload("BERT-base", "SQuAD"),
     Workload("BERT-large", "full 384"),
@@ -90,7 +142,13 @@ WORKLOADS = [  # in the order of their weight: --minutes leaves out the last
     Workload("BERT-large", "SQuAD"),
     Workload("BERT-base", "full 384"),
 ]
+LARGE = [  # only by name: each takes many minutes
+    Workload("GPT-2 355M", "LM 1024", batch=64, micro_batches=2),
+    Workload("GPT-2 774M", "LM 1024", batch=64, micro_batches=8),
+    Workload("GPT-2 1.5B", "LM 1024", batch=64, micro_batches=16, room=3),
+]
 TINY = Workload("tiny", "short", batch=8)
+TINY_GPT = Workload("tiny GPT-2", "LM 48", batch=4, micro_batches=2)
 
 
 def lengths(data: str, n: int, seed: int) -> list[int]:
@@ -101,7 +159,24 @@ def lengths(data: str, n: int, seed: int) -> list[int]:
 
 
 def make_examples(workload: Workload, steps: int, seed: int) -> list[Example]:
-    """Texts for so many full steps, and their labels."""
+    """Texts for so many full steps, and their labels or the tokens that follow."""
+    return (make_blocks if workload.predicts else make_texts)(workload, steps, seed)
+
+
+def make_blocks(workload: Workload, steps: int, seed: int) -> list[Example]:
+    """Blocks of tokens; what follows the last one is not known."""
+    vocabulary, n = MODELS[workload.model]["vocab_size"], steps * workload.batch
+    often = (1 / (np.arange(vocabulary) + FREQUENT)).cumsum()
+    draw = np.random.default_rng([seed, 2])
+    ids = often.searchsorted(draw.random((n, workload.longest)) * often[-1])
+    tokens = draw.permutation(vocabulary).astype(np.int32)[ids]
+    targets = np.roll(tokens, -1, 1)
+    targets[:, -1] = IGNORE_INDEX
+    return [Example(*pair) for pair in zip(tokens, [()] * n, targets, strict=True)]
+
+
+def make_texts(workload: Workload, steps: int, seed: int) -> list[Example]:
+    """Texts, half of whose words tell the label."""
     draw = np.random.default_rng([seed, 2])
     vocabulary = MODELS[workload.model]["vocab_size"]
     examples = []
@@ -134,8 +209,26 @@ class Data:
     @staticmethod
     def make(workload: Workload, steps: int, seed: int) -> "Data":
         """One epoch of `steps` steps."""
-        batches = Batches(make_examples(workload, steps, seed), workload.batch, seed=seed)
+        examples, parts = make_examples(workload, steps, seed), workload.micro_batches
+        batches = Batches(examples, workload.batch // parts, parts, seed)
         return Data(batches, batches.order(0).tolist(), workload.longest)
+
+    @property
+    def batch(self) -> int:
+        """Sequences in a step."""
+        return self.batches.batch_size * self.batches.accumulation
+
+    def halved(self) -> "Data":
+        """The same steps, in twice as many micro-batches of half the size."""
+        size, parts = self.batches.batch_size // 2, 2 * self.batches.accumulation
+        return replace(self, batches=replace(self.batches, batch_size=size, accumulation=parts))
+
+    def checked(self) -> "Data":
+        """What gradients are compared on: `skewed` texts, or smaller steps of blocks."""
+        if isinstance(self.batches.examples[0].target, int):
+            return self.skewed()
+        small = replace(self.batches, batch_size=CHECKED, accumulation=2)
+        return replace(self, batches=small)
 
     def skewed(self) -> "Data":
         """The same texts, of which seven in eight have label 1: where labels are balanced, the
@@ -145,7 +238,7 @@ class Data:
 
     def rows(self, step: int) -> list[int]:
         """Numbers of the examples of a step, from 0."""
-        size = self.batches.batch_size
+        size = self.batch
         return self.order[step * size : (step + 1) * size]
 
     def examples(self, step: int) -> list[Example]:
@@ -173,25 +266,34 @@ def train_config(workload: Workload, steps: int, seed: int, dtype: str = "bf16")
 
 
 def write_model(model: str, folder: Path, seed: int) -> tuple[Path, Path]:
-    """Writes a classifier of random weights, twice over one file of weights.
+    """Writes a model of random weights, twice over one file of weights.
 
     Returns:
-        Its folder, and that of the same model without dropout. transformers loads either.
+        Its folder, and that of the same model without dropout; a GPT has none in either.
+        transformers loads both.
     """
-    raw = MODELS[model] | {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
-    config = ModelConfig.from_hf(with_dropout(raw, DROPOUT))
-    classifier = BertClassifier(config)
-    init_weights(classifier, config.init_std, seed)
+    p = 0.0 if is_gpt(model) else DROPOUT
     plain, fixed = folder / "model", folder / "no-dropout"
-    for made in (plain, fixed):
-        made.mkdir(parents=True)
-    save_model(classifier, plain)
+    for path in (plain, fixed):
+        path.mkdir(parents=True)
+    save_model(model_of(model, p, seed), plain)
     (fixed / "model.safetensors").symlink_to(plain / "model.safetensors")
     saved = json.loads((plain / "config.json").read_text("utf-8"))
     (fixed / "config.json").write_text(json.dumps(with_dropout(saved, 0.0)), encoding="utf-8")
     return plain, fixed
 
 
+def model_of(model: str, p: float, seed: int) -> nn.Module:
+    """An entry of MODELS, of random weights, with dropout of probability p."""
+    labels = {} if is_gpt(model) else {"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}
+    config = ModelConfig.from_hf(with_dropout(MODELS[model] | labels, p))
+    made = make_model(config, Path(model))
+    init_weights(made, config.init_std, seed)
+    return made
+
+
 def with_dropout(raw: dict, p: float) -> dict:
     """A config.json with another probability of dropout, everywhere."""
+    if raw["model_type"] == "gpt2":
+        return raw | dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), p)
     return raw | {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}

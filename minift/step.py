@@ -69,10 +69,11 @@ class Gradients:
             batch = replace(batch, order=replace(batch.order, gradients=self.tables))
         with self.shadows.standing() if self.shadows else nullcontext():
             logits = self.model(batch, self.ops, self.dtype, self.draw, self.checkpointing)
-            total = self.task.loss(logits, batch, self.ops, self.report, self.scale)
+            scale = (self.scale,) if self.task.scales else ()
+            total = self.task.loss(logits, batch, self.ops, self.report, *scale)
             # No kernel multiplies: the scale is the gradient from above, if the loss has it not.
-            total.backward(None if self.task.scales else self.scale)
-        if self.task.scales:
+            total.backward(None if scale else self.scale)
+        if scale:
             self.loss.add_(total.detach())
         else:
             self.loss.addcmul_(total.detach(), self.scale)

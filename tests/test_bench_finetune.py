@@ -86,7 +86,7 @@ def test_lengths_are_those_of_the_data():
     assert sample.std().item() == pytest.approx(70, abs=4)
     assert (sample.min(), sample.max()) == (20, 384)
     assert set(lengths("full 384", 10, 0)) == {384}
-    assert {w.longest for w in WORKLOADS} == {64, 384}
+    assert {w.longest for w in WORKLOADS} == {64, 384, 1024}
 
 
 # -------------------------------------------------------------------- peers

@@ -24,7 +24,7 @@ from minift.ops import TORCH
         ("BERT-base", BERT_WORK["SQuAD unpadded"], 3.80, 4.66, 6.98),
         ("BERT-base", BERT_WORK["SQuAD padded to 384"], 8.70, 9.49, 13.60),
         ("BERT-large", BERT_WORK["full 384"], 30.24, 34.60, 45.23),
-        ("GPT2-124M", GPT_WORK["64 x 1024"], 66.99, 76.35, 100.18),
+        ("GPT-2 124M", GPT_WORK["64 x 1024"], 66.99, 76.35, 100.18),
     ],
 )
 def test_the_table_is_the_one_that_the_goals_were_taken_from(model, work, ideal, floor, target):
@@ -35,7 +35,7 @@ def test_the_table_is_the_one_that_the_goals_were_taken_from(model, work, ideal,
 
 
 @pytest.mark.parametrize(
-    ("model", "millions"), [("BERT-base", 109.5), ("BERT-large", 335.1), ("GPT2-124M", 124.4)]
+    ("model", "millions"), [("BERT-base", 109.5), ("BERT-large", 335.1), ("GPT-2 124M", 124.4)]
 )
 def test_parameters_are_those_of_the_published_models(model, millions):
     assert Sizes.of(model).parameters / 1e6 == pytest.approx(millions, abs=0.05)
@@ -126,7 +126,7 @@ def test_measured_rates_take_the_place_of_the_assumed_ones():
 
 
 def test_causal_scores_are_half_of_the_model_flops():
-    gpt = Sizes.of("GPT2-124M")
+    gpt = Sizes.of("GPT-2 124M")
     work = Work.like(1, 1024, 0.0)
     head = 6 * 768 * 50257 * 1024
     attention = floors.model_flops(gpt, work) - 6 * gpt.matrices * 1024 - head

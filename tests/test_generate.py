@@ -6,6 +6,7 @@ are equally probable.
 """
 
 import functools
+import importlib
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -303,7 +304,7 @@ def test_many_prompts_take_the_memory_of_few(monkeypatch, beams):
     monkeypatch.setattr(
         Decoder, "read", lambda self, p, s: (read.append(sum(map(len, p))), reads(self, p, s))[1]
     )
-    monkeypatch.setattr("minift.generate.READ", 16)
+    monkeypatch.setattr(importlib.import_module("minift.generate"), "READ", 16)
     prompts = prompts_of(9, [1 + i % 9 for i in range(120)])
     config = GenerateConfig(max_new_tokens=8, batch_size=32, cache_tokens=100, num_beams=beams)
     answers = generate(model, prompts, config, eos=7)
@@ -434,7 +435,7 @@ def test_what_a_model_cannot_do_is_refused():
 
 def test_a_model_of_another_kind_is_refused(tmp_path):
     encoder, _ = load_model(tiny_model(tmp_path / "bert"), labels=("a", "b"))
-    with pytest.raises(InputError, match="expected a GPT-2 that predicts tokens, got a classifier"):
+    with pytest.raises(InputError, match="expected a GPT-2 that predicts tokens, got a bert"):
         stream(encoder, [[1]])
 
 

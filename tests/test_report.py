@@ -11,12 +11,12 @@ import bench_package
 import fake_results
 import pytest
 
-from bench import figures, report, tables
+from bench import figures, report, tables, writing_tables
 from bench.rows import Missing, newest_cases, newest_run
 from bench.svg import SIZE
 
 SVG = "{http://www.w3.org/2000/svg}"
-NAMES = ("methods", "kernels", "codegen", "finetune", "finetune-gpu")
+NAMES = ("methods", "kernels", "codegen", "finetune", "from-nothing", "lm", "finetune-gpu")
 REGIONS = "\n\n".join(f"before {n}\n<!-- report: {n} -->\nold\n<!-- end -->\nafter" for n in NAMES)
 
 
@@ -102,6 +102,42 @@ def test_matmuls_alone_are_a_line_where_they_were_timed(root):
     (line,) = [line for line in drawing.iter(f"{SVG}line") if line.get("stroke-dasharray")]
     assert float(line.get("x1")) == pytest.approx(axis(drawing)[3000])
     assert "matmuls alone: 3,000" in [text.text for text in drawing.iter(f"{SVG}text")]
+
+
+def test_a_gpt_beside_the_trainer_is_a_table_where_it_was_timed(root):
+    """Medians of turns, ratios turn by turn, the most memory; turns that one lacks are told."""
+    assert "<!-- report: lm -->\n<!-- end -->" in (root / "README.md").read_text("utf-8")
+    file = root / "bench/results/language.jsonl"
+    rows = fake_results.language_rows()
+    old = {**rows[0], "utc": "2026-01-01T00:00:00Z", "turn": 7}
+    fake_results.write(file, [old, *rows])
+    report.write(root)
+    line = "3,500 | 801 MiB | 2,000 | 1,500 MiB | {} | 1.75 (1.50 to 2.00) |"
+    for words in (
+        "from random weights on 2 cores of an Intel Xeon with AMX, torch 2.13.0; batches of 8 "
+        "blocks of 256 tokens on average or 32 records of 56 tokens on average",
+        "medians of two turns of three steps that the trainers take",
+        "| tinyshakespeare, `--task lm` | 0.1 | " + line.format("500"),
+        "| tinyshakespeare, `--task lm` | 0 | " + line.format("-"),
+        "| E2E restaurants, `--task instruct` | 0.1 | " + line.format("500"),
+    ):
+        assert words in readme(root), words
+    fake_results.write(file, rows[:-1])
+    with pytest.raises(Missing, match=r"language.jsonl: expected 2 turns of every trainer"):
+        report.write(root)
+
+
+def test_a_gpt_on_a_gpu_is_said_to_drop_nothing(gpu_root):
+    """Beside BERT's workloads, which drop; each with the size of its steps."""
+    file = gpu_root / "bench/results/finetune_gpu.jsonl"
+    lm = {"workload": "GPT-2 124M LM 1024", "task": "lm", "batch": 64, "tokens_per_step": 65536}
+    rows = fake_results.gpu_rows()
+    fake_results.write(file, rows + [{**row, **lm} for row in rows if row.get("floor_ms") == 4])
+    report.write(gpu_root)
+    text = readme(gpu_root)
+    assert "BERT learns batches of 32 with dropout everywhere. GPT-2 predicts 64 blocks of" in text
+    assert "of 1,024 random tokens a step, in micro-batches where memory asks for it" in text
+    assert "| GPT-2 124M LM 1024 | 100,000 |" in text
 
 
 def test_without_a_gpu_nothing_of_it_is_shown(root):
@@ -555,3 +591,40 @@ def test_without_rows_there_is_no_plot():
 
 def test_the_same_rows_give_the_same_bytes():
     assert plots() == PLOTS
+
+
+def test_writing_is_shown_as_it_was_measured():
+    """A line for each case of the newest run; answers with their metrics."""
+    facts = dict(utc="2026-01-02T00:00:00+00:00", cpu="a CPU", threads=2, torch="2.13.0+cpu")
+    facts |= dict(size="small", new=64, prompt=32)
+    rows = [
+        {**facts, "dtype": "fp32", "batch": batch, "contender": name, "tokens_per_s": rate,
+         "ratio": rate / 10}
+        for batch in (1, 16) for name, rate in (("transformers", 10.0), ("minift", 12.5))
+    ]  # fmt: skip
+    old = [row | {"utc": "2026-01-01T00:00:00+00:00", "tokens_per_s": 99.0} for row in rows]
+    shown = writing_tables.writing(old + rows)
+    assert "| fp32 | 1 | 12.5 | 10.0 | 1.25 |" in shown
+    assert shown.count("| fp32 |") == 2
+    assert "99.0" not in shown
+    assert writing_tables.writing([]) == writing_tables.answers([]) == ""
+    found = dict(prompts=630, data="t.csv", num_beams=4, parameters=2.5e6, bleu=60.0, chrf=61.0)
+    found |= dict(rougeL=62.0, seconds=9.6, same=0.995, utc=facts["utc"], cpu="a CPU")
+    shown = writing_tables.answers([found | {"contender": n} for n in ("transformers", "minift")])
+    assert "| minift | 4 | 60.00 | 61.00 | 62.00 |" in shown
+    assert "99.5%" in shown
+    assert "2.5 million" in shown
+
+
+def test_a_model_from_nothing_is_told_with_its_command():
+    """The newest one."""
+    facts = dict(utc="2026-01-02T00:00:00+00:00", cpu="a CPU", threads=2, parameters=3.5e6)
+    row = facts | dict(
+        data="text", command="minift train --train input.txt --lr 1", bits_per_byte=2.5
+    )
+    row |= dict(loss_per_character=1.771, train_runtime=90.0)
+    shown = writing_tables.from_nothing([row, row | {"utc": "2025-01-02T00:00:00+00:00"}])
+    assert "`--lr 1`" in shown
+    assert "1.77 nats" in shown
+    assert "1.5 minutes" in shown
+    assert writing_tables.from_nothing([]) == ""

@@ -205,9 +205,8 @@ class Classification(Task):
         batch: Batch,
         ops: Ops,
         report: TargetReport | None = None,
-        scale: Tensor | None = None,
     ) -> Tensor:
-        """See `minift.tasks.task.Task`."""
+        """See `Task.loss`."""
         weight = self.class_weights and _uploaded(self.class_weights, logits.device)
         smoothing = self.label_smoothing
         losses = ops.cross_entropy(logits, batch.targets, weight, smoothing, report=report)

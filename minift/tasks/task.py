@@ -146,7 +146,7 @@ class Task:
             batch: on the model's device.
             ops: table of operations.
             report: sees the targets.
-            scale: () fp32; None: 1.
+            scale: () fp32, given to those that scale; None: 1.
         """
         raise NotImplementedError
 
