@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from tiny import assert_one_line, call, settings_kept
 
 from minift.batch import Batches, Example, collate
-from minift.config import ModelConfig
+from minift.config import ModelConfig, TrainConfig
 from minift.gpt import GPTLanguageModel
 from minift.layers import init_weights
 from minift.ops import TORCH
 from minift.tasks.language import Blocks, LanguageModel
+from minift.train import train as train_model
 
 
 def stream_of(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -78,12 +79,35 @@ def test_no_document_sees_another():
     torch.testing.assert_close(grad, sum(g for _, g in alone), rtol=1e-4, atol=1e-5)
 
 
+def test_documents_of_a_block_draw_masks_of_their_own():
+    """No two tokens of a step have the same key, though positions begin anew in each document."""
+    blocks = Blocks.cut(*stream_of(DOCUMENTS), 12)
+    batch = collate(blocks, range(len(blocks)), first=3, train=True)
+    keys = batch.key[: sum(batch.layout.lengths)].tolist()
+    assert len(set(keys)) == len(keys)
+    assert (batch.positions == 0).sum() > len(blocks)
+
+
+def test_the_gradient_is_that_of_the_mean():
+    """Of the loss of all tokens, whatever their number: the scale of a step is applied once."""
+    blocks = Blocks.cut(*stream_of(DOCUMENTS), 32)
+    model = model_of(32, embedding_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0)
+    total, _ = loss_of(model, blocks)
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+    count = sum(len(block.target) for block in blocks)
+    (step,) = train_model(model, blocks, TrainConfig(max_steps=1), LanguageModel())
+    assert step.loss == pytest.approx(total / count, rel=1e-5)
+    assert step.grad_norm == pytest.approx(norm / count, rel=1e-4)
+
+
 def test_an_epoch_cuts_elsewhere_and_again_the_same():
     """Batches vary with the epoch alone, and a step in the middle is what it was."""
     stream, begins = stream_of(DOCUMENTS * 8)
     task = LanguageModel(size=8)
     blocks = Blocks.cut(stream, begins, 8)
     batches = Batches(blocks, 4, seed=5, vary=task.vary(blocks, 5))
+    first = [task.vary(blocks, 5)(epoch)[0].tokens.tolist() for epoch in range(4)]
+    assert len({tuple(tokens) for tokens in first}) > 1
     epochs = [[b.tokens.tolist() for (b,) in batches.epoch(e)] for e in (0, 1, 1)]
     assert epochs[0] != epochs[1] == epochs[2]
     assert [b.tokens.tolist() for (b,) in batches.epoch(1, start=3)] == epochs[1][3:]

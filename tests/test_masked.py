@@ -39,6 +39,14 @@ def test_shares_are_those_of_the_paper():
     assert 980 < other.max() < 1000
 
 
+def test_the_ends_of_a_piece_are_never_masked():
+    """In none of 200 rows, of which a seventh would have a target there."""
+    for row in range(200):
+        made = TASK.masked(example(8), row, 0)
+        assert made.target[0] == made.target[-1] == IGNORE_INDEX
+        assert (made.tokens[0], made.tokens[-1]) == (1, 2)
+
+
 def test_masks_are_a_function_of_seed_epoch_and_row():
     """And of nothing else: other rows, other epochs, other seeds have other masks."""
     one = example(64)
