@@ -195,8 +195,9 @@ def unknown_tokens(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterato
     if tokenizer.decoder or unknown is None:  # of bytes none is unknown
         return
     total = found = 0
-    for example in examples:
-        total, found = total + len(example.tokens), found + list(example.tokens).count(unknown)
+    for example in getattr(examples, "whole", examples):  # of masked ones, what they were
+        total += len(example.tokens)
+        found += int(np.count_nonzero(np.asarray(example.tokens) == unknown))
     if found > 0.05 * total:
         text = f"{found / total:.0%} of the tokens of the training rows are unknown to the "
         yield Notice(
