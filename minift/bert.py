@@ -23,6 +23,7 @@ from .layers import (
     matmul,
     norm,
     run_block,
+    token_dropout,
 )
 from .ops import Draw, Dropout, Layout, Ops, ops_for
 
@@ -181,6 +182,34 @@ class BertClassifier(nn.Module):
         x = ACTIVATIONS[kind.activation](linear(x, self.pooler))
         x = ops.drop(x, dropout and dropout.at(site, p, first))
         return linear(x, self.head)  # (B, labels)
+
+
+class BertTokens(nn.Module):
+    """Scores of tokens: of each label, or of being the first and the last of a span."""
+
+    head_groups = ("head",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.bert = Bert(config)
+        self.head = Linear(config.dim, len(config.labels) or 2)
+
+    def forward(
+        self,
+        batch: Batch,
+        ops: Ops | None = None,
+        dtype: torch.dtype = torch.float32,
+        draw: Draw | None = None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Logits (N, labels) of the rows `batch.at`, or (T, labels) of all; arguments as
+        `BertClassifier`'s."""
+        ops, site = ops or ops_for(batch.tokens.device), 1 + 3 * self.config.n_layer
+        dropout = self.bert.draw(draw, batch, ops)
+        x = self.bert(batch, ops, dtype, dropout, batch.at, checkpointing)
+        x = ops.drop(x, dropout and dropout.at(site, token_dropout(self.config), batch.at))
+        return linear(x, self.head)
 
 
 class MaskedHead(nn.Module):

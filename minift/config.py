@@ -6,13 +6,21 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from typing import Any
 
-from .errors import InputError
+from .errors import InputError, unknown
 from .families import FAMILIES, Family
 
-TASKS = ("classification", "lm", "instruct", "mlm")
+TASKS = ("classification", "multilabel", "regression", "tagging", "qa", "lm", "instruct", "mlm")
+LABELLED = ("classifier", "tokens")  # heads with an output for each label
 ENDINGS = {  # head -> how transformers' names of such models end
     "classifier": ("ForSequenceClassification",),
+    "tokens": ("ForTokenClassification",),
+    "span": ("ForQuestionAnswering",),
     "lm": ("ForMaskedLM", "LMHeadModel"),
+}
+PROBLEMS = {  # task of a classifier -> transformers' name of its loss
+    "classification": "single_label_classification",
+    "multilabel": "multi_label_classification",
+    "regression": "regression",
 }
 ACTIVATIONS = {  # Hugging Face's name -> the operation's
     "gelu": "gelu_erf",
@@ -40,13 +48,14 @@ class ModelConfig:
     classifier_dropout: float        # before the head
     init_std: float                  # of random weights
     family: str = "bert"             # an entry of FAMILIES
-    head: str = "classifier"         # or "lm", which predicts tokens
+    head: str = "classifier"         # of texts; "tokens" of tokens; "span"; "lm" predicts tokens
     position_offset: int = 0         # rows of the position table before the first token's
     pad: int = 0                     # id of the padding token, which is nowhere in a batch
     labels: tuple[str, ...] = ()     # names of the head's classes
     pairs: bool | None = None        # whether it was trained on pairs; None: nobody says
     task: str = ""                   # what it was trained for; "": nobody says
     template: tuple[str, str] | None = None  # of prompts and responses, of an instructed model
+    settings: dict[str, Any] = field(default_factory=dict)  # what its task must know to predict
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as it was read
 
     @staticmethod
@@ -68,6 +77,7 @@ class ModelConfig:
         offset = pad + 1 if family.offset_positions else 0
         wide = 4 * number("dim", int) if family.decoder else None
         pairs, template = raw.get("pairs"), raw.get("template")
+        settings = raw.get("task_settings")
         texts = isinstance(template, list) and [type(part) for part in template] == [str, str]
         config = ModelConfig(
             vocab_size=number("vocab_size", int),
@@ -90,8 +100,9 @@ class ModelConfig:
             pad=pad,
             labels=_labels(raw),
             pairs=pairs if isinstance(pairs, bool) else None,
-            task=raw["task"] if raw.get("task") in TASKS else "",
+            task=_task(raw),
             template=tuple(template) if texts else None,
+            settings=settings if isinstance(settings, dict) else {},
             raw=dict(raw),
         )
         if config.max_len < 1:
@@ -112,24 +123,29 @@ class ModelConfig:
         """Whether config.json is that of a model with this head: not of a bare encoder, or of a
         model for another task."""
         names, ends = self.raw.get("architectures"), ENDINGS[self.head]
-        if self.head == "classifier":
-            names = bool(self.labels) and (names or ends)
+        if self.head in LABELLED:
+            names = bool(self.labels) and (names or ends * (self.head == "classifier"))
         return any(str(name).endswith(ends) for name in names or ())
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: what was read, with the labels of the trained head."""
-        old = {"_name_or_path", "torch_dtype", "task", "template"}
+        old = {"_name_or_path", "torch_dtype", "task", "template", "task_settings"}
         known = {"pairs": self.pairs, "task": self.task or None}
         known["template"] = self.template and list(self.template)
-        if self.head == "classifier":
+        known["task_settings"] = self.settings or None
+        if self.head in LABELLED:
             known["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
             known["label2id"] = {name: i for i, name in enumerate(self.labels)}
-            known["problem_type"] = "single_label_classification"
+        if self.head == "classifier":
+            known["problem_type"] = PROBLEMS.get(self.task, PROBLEMS["classification"])
             if self.kind.decoder and self.raw.get("pad_token_id") is None:
                 # transformers finds the last token by it, and refuses batches without one.
                 old, known["pad_token_id"] = old | {"pad_token_id"}, self._eos()
         else:
-            old |= {"id2label", "label2id", "problem_type"}
+            old |= {"problem_type"}
+        if self.head not in LABELLED:
+            old |= {"id2label", "label2id"}
+        if self.head == "lm":
             known["tie_word_embeddings"] = True
         return {
             **{k: v for k, v in self.raw.items() if k not in old},
@@ -185,12 +201,25 @@ def _number(
 def _head(raw: dict[str, Any]) -> str:
     names = raw.get("architectures")
     names = names if isinstance(names, list) else []
-    return "lm" if any(str(name).endswith(ENDINGS["lm"]) for name in names) else "classifier"
+    for head, ends in ENDINGS.items():
+        if any(str(name).endswith(ends) for name in names):
+            return head
+    return "classifier"
+
+
+def _task(raw: dict[str, Any]) -> str:
+    """What the model was trained for; of transformers' classifiers their kind of loss says it, or
+    else one output alone, which is a number there (`ForSequenceClassificationLoss`)."""
+    task, problem = raw.get("task"), raw.get("problem_type")
+    found = {name: task for task, name in PROBLEMS.items() if task != "classification"}
+    if problem is None and len(_labels(raw)) == 1:
+        problem = PROBLEMS["regression"]
+    return task if task in TASKS else found.get(problem, "") if _head(raw) == "classifier" else ""
 
 
 def _labels(raw: dict[str, Any]) -> tuple[str, ...]:
-    labels = raw.get("id2label") or {}
-    if not labels and str((raw.get("architectures") or [""])[0]).endswith(ENDINGS["classifier"]):
+    labels, ends = raw.get("id2label") or {}, ENDINGS["classifier"] + ENDINGS["tokens"]
+    if not labels and str((raw.get("architectures") or [""])[0]).endswith(ends):
         labels = {"0": "LABEL_0", "1": "LABEL_1"}  # the only ones that files leave out
     try:
         labels = tuple(str(labels[k]) for k in sorted(labels, key=int))
@@ -278,16 +307,34 @@ class RunConfig:
     tokenizer_name: str = flag("", "folder of another vocabulary; a model made from random weights "
                                    "has one made of the training texts", "tokenizer")
     cased: bool = flag(False, "a vocabulary made of the texts keeps capitals")
-    task: str = flag("classification", "what is learned: labels of texts; texts (lm); responses to "
-                     "prompts; masked words (mlm)", choices=TASKS)
-    text_column: str = flag("", "name, or number from 1, of the text's column")
+    task: str = flag("classification", "what is learned: a label of a text or pair, or several; a "
+                     "number (regression); labels of words (tagging); where an answer stands (qa); "
+                     "texts (lm); responses to prompts; masked words (mlm)", choices=TASKS)
+    task_name: str = flag("", "of GLUE or SuperGLUE, whose files are read as they are, and with "
+                              "whose metric: 'cola', 'boolq'")
+    text_column: str = flag("", "name, or number from 1, of the column of texts, or of words")
     pair_column: str = flag("", "the second text's column")
-    label_column: str = flag("", "the label's column")
+    label_column: str = flag("", "the label's column, or that of the labels or tags")
+    id_column: str = flag("", "what a row is called in answers; default: a column 'id', if any")
+    labels: str = flag("", "the labels that there are, 'a,b,c' or a file of one a line; default: "
+                           "those of the training rows")
+    max_dropped: float = flag(0.01, "share of a file's rows that may be useless: they are left out "
+                                    "and told of; more of them stop the run")
     validation_split: float = flag(0.1, "share of training rows kept for validation without a file")
     max_seq_length: int = flag(0, "longer texts are cut to so many tokens; 0: what the model takes")
     overflow: str = flag("cut", "texts that are longer: cut them and say how many, or stop",
                          choices=("cut", "error"))
     class_weights: str = flag("", "'balanced', or one number a label: 'spam=5,ham=1'")
+    sampling_weights: str = flag("", "rows are drawn as often as their label's number says: as "
+                                     "class_weights")
+    augment: str = flag("", "training rows are varied in every epoch: share of the words that are "
+                            "left out, swapped, masked: 'drop=0.1,swap=0.05,mask=0.1'")
+    threshold: float = flag(0.0, "probability from which multilabel gives a label; 0: chosen "
+                                "on the validation rows")
+    bad_tags: str = flag("repair", "an I- tag without its B- begins an entity (and is counted); or "
+                                   "it stops the run", choices=("repair", "error"))
+    doc_stride: int = flag(128, "tokens that windows of a too long text share, of qa and tagging")
+    max_answer_length: int = flag(30, "tokens of the longest answer that qa gives")
     eval_steps: int = flag(0, "steps between evaluations; 0: after every epoch")
     save_steps: int = flag(0, "steps between checkpoints; 0: at every evaluation")
     save_total_limit: int = flag(2, "newest checkpoints that are kept; 0: all")
@@ -302,13 +349,44 @@ class RunConfig:
     device: str = flag("auto", "cpu, cuda, cuda:1; auto: a GPU when there is one")
     ops: str = flag("auto", "which operations", choices=("auto", "torch", "triton"))
     threads: int = flag(0, "CPU threads; sums, so bits, change with it; 0: torch's choice")
+    seeds: int = flag(1, "runs with so many seeds, from `seed` on, each in a folder of output_dir")
 
     def __post_init__(self):
         if not 0 < self.validation_split < 1:
             raise InputError(f"expected validation_split in (0, 1), got {self.validation_split}")
         if not 0 < self.mlm_probability < 1:
             raise InputError(f"expected mlm_probability in (0, 1), got {self.mlm_probability}")
+        for name in ("max_dropped", "threshold"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"expected {name} in [0, 1), got {getattr(self, name)}")
+        for name in ("max_answer_length", "seeds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"expected {name} >= 1, got {getattr(self, name)}")
         for name in ("max_seq_length", "eval_steps", "save_steps", "save_total_limit",
-                     "early_stopping_patience", "threads"):
+                     "early_stopping_patience", "threads", "doc_stride"):
             if getattr(self, name) < 0:
                 raise InputError(f"expected {name} >= 0, got {getattr(self, name)}")
+
+
+def as_setting(name: str, value: Any) -> tuple[str, Any]:
+    """The field of a run's settings that a name or a short name means, and a value of its type.
+
+    Raises:
+        InputError: the name is unknown, or the value is of another type.
+    """
+    known = {
+        alias: f
+        for config in (RunConfig, TrainConfig)
+        for f in fields(config)
+        for alias in (f.name, *f.metadata["aliases"])
+    }
+    found = known.get(name.replace("-", "_"))
+    if found is None:
+        raise InputError(unknown(name, list(known)))
+    if found.type is float and type(value) is int:
+        value = float(value)
+    choices = found.metadata["choices"]
+    if type(value) is not found.type or (choices and value not in choices):
+        wanted = " or ".join(choices) or found.type.__name__
+        raise InputError(f"expected {name} as {wanted}, got {value!r}")
+    return found.name, value

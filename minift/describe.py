@@ -28,7 +28,7 @@ def describe(
         name: a model folder, a hub id, or the path of a configuration file.
         config: its rules say what would train.
         revision, token: of a hub id.
-        head: "classifier" or "lm", as what it would load; None: as what it is.
+        head: as what it would load, see `load_model`; None: as what it is.
 
     Raises:
         InputError: it cannot be loaded, or the rules do not fit it.
@@ -67,10 +67,17 @@ def _predicts(c: ModelConfig, head: str, trained: bool) -> str:
         what = "tokens, each from those before it" if c.kind.decoder else "masked tokens"
         trained_for = f" (trained for {c.task})" if trained and c.task else ""
         return f"  predicts   {what}{trained_for}"
+    if head == "span":
+        return "  predicts   where in a text the answer to a question stands"
     if not trained:
         return "  labels     none: not a classifier yet, shown as if for 2"
+    if c.task == "regression" and len(c.labels) == 1:
+        return f"  predicts   a number: {c.labels[0]}"
     labels = ", ".join(c.labels[:20]) + (", ..." if len(c.labels) > 20 else "")
-    return f"  labels     {len(c.labels)}: {labels}"
+    several = ""
+    if c.task == "multilabel":
+        several = f"; any number of them, threshold {c.settings.get('threshold', 0.5)}"
+    return f"  labels     {len(c.labels)}: {labels}{several}"
 
 
 def _sizes(name: str, c: ModelConfig) -> str:

@@ -73,7 +73,7 @@ class Family:
     dense: str  # name of the layer between the first token and the head, which we call pooler
     head: str
     lm_head: Projector
-    other_heads: tuple[str, ...]  # beginnings of names that belong to other tasks
+    other_heads: tuple[str, ...]  # beginnings of names of heads for tokens, and of older ones
     keys: Mapping[str, str | None]  # KEYS with its own names; None: it has no such setting
     defaults: Mapping[str, Any]  # of settings that config.json may leave out
     layer: Mapping[str, tuple[str, ...]]  # LAYER with its own names
@@ -101,7 +101,12 @@ class Family:
 
 
 def _architectures(name: str) -> dict[str, str]:
-    return {"classifier": name + "ForSequenceClassification", "lm": name + "ForMaskedLM"}
+    return {
+        "classifier": name + "ForSequenceClassification",
+        "lm": name + "ForMaskedLM",
+        "tokens": name + "ForTokenClassification",
+        "span": name + "ForQuestionAnswering",
+    }
 
 
 BERT = Family(
@@ -117,7 +122,7 @@ BERT = Family(
         norm="cls.predictions.transform.LayerNorm",
         bias="cls.predictions.bias",
     ),
-    other_heads=("cls.", "qa_outputs."),
+    other_heads=("cls.",),
     keys=KEYS,
     defaults={"n_types": 2, "pad": 0},
     layer=LAYER,
@@ -138,7 +143,7 @@ ROBERTA = replace(
         bias="lm_head.bias",
         activation="gelu_erf",
     ),
-    other_heads=("lm_head.", "qa_outputs.", "roberta.pooler."),
+    other_heads=("lm_head.", "roberta.pooler."),
     defaults={"n_types": 2, "pad": 1},
     pooled=False,
     drop_first=True,
@@ -157,7 +162,7 @@ DISTILBERT = Family(
         norm="vocab_layer_norm",
         bias="vocab_projector.bias",
     ),
-    other_heads=("vocab_", "qa_outputs."),
+    other_heads=("vocab_",),
     keys={
         **KEYS,
         "n_types": None,
@@ -185,14 +190,14 @@ DISTILBERT = Family(
     activation="relu",
 )
 GPT2 = Family(
-    architectures={"classifier": "GPT2ForSequenceClassification", "lm": "GPT2LMHeadModel"},
+    architectures={**_architectures("GPT2"), "lm": "GPT2LMHeadModel"},
     tokenizer="GPT2Tokenizer",
     vocabulary="BPE",
     prefix="transformer.",
     dense="",
     head="score",
     lm_head=Projector(decoder="lm_head"),
-    other_heads=("lm_head.", "multiple_choice_head.", "classifier.", "qa_outputs."),
+    other_heads=("lm_head.", "multiple_choice_head."),
     keys={
         "vocab_size": "vocab_size",
         "positions": "n_positions",

@@ -22,6 +22,7 @@ from .layers import (
     matmul,
     norm,
     run_block,
+    token_dropout,
 )
 from .ops import Draw, Dropout, Layout, Ops, ops_for
 
@@ -164,4 +165,32 @@ class GPTClassifier(nn.Module):
         ops = ops or ops_for(batch.tokens.device)
         dropout = self.gpt.draw(draw, batch, ops)
         x = self.gpt(batch, ops, dtype, dropout, batch.layout.last, checkpointing)  # (B, C)
+        return linear(x, self.head)
+
+
+class GPTTokens(nn.Module):
+    """Scores of tokens, each of which has seen those before it: see `minift.bert.BertTokens`."""
+
+    head_groups = ("head",)
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.gpt = GPT(config)
+        self.head = Linear(config.dim, len(config.labels) or 2)
+
+    def forward(
+        self,
+        batch: Batch,
+        ops: Ops | None = None,
+        dtype: torch.dtype = torch.float32,
+        draw: Draw | None = None,
+        checkpointing: bool = False,
+    ) -> Tensor:
+        """Logits (N, labels) of the rows `batch.at`, or (T, labels) of all; arguments as
+        `GPTLanguageModel.forward`'s."""
+        ops, site = ops or ops_for(batch.tokens.device), 1 + 3 * self.config.n_layer
+        dropout = self.gpt.draw(draw, batch, ops)
+        x = self.gpt(batch, ops, dtype, dropout, batch.at, checkpointing)
+        x = ops.drop(x, dropout and dropout.at(site, token_dropout(self.config), batch.at))
         return linear(x, self.head)

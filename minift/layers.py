@@ -126,6 +126,15 @@ def run_block(block: nn.Module, checkpointing: bool, *given) -> tuple[Tensor, Te
     return block(*given)
 
 
+def token_dropout(config: ModelConfig) -> float:
+    """Before a head that labels tokens. As transformers has it: of DistilBERT and GPT-2 as in their
+    layers; none before a head that finds spans."""
+    if not config.labels:
+        return 0.0
+    own = config.kind.decoder or config.family == "distilbert"
+    return config.hidden_dropout if own else config.classifier_dropout
+
+
 class Shadows:
     """What products multiply with, in their dtype: cast once, then kept up to date by an optimizer
     that steps the fp32 masters and rounds them in the same pass. A step differentiates these

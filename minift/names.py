@@ -11,6 +11,7 @@ from .families import Family
 
 WRAPPERS = ("module", "_orig_mod")  # what DDP and torch.compile put into names
 ENDS = (".weight", ".bias")
+OF_TOKENS = {"tokens": "classifier", "span": "qa_outputs"}  # head -> its name in all families
 
 
 def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -33,6 +34,8 @@ def hf_names(config: ModelConfig) -> dict[str, tuple[str, ...]]:
         if config.head == "lm" and not kind.decoder:
             pairs["head.dense" + end] = (kind.lm_head.dense + end,)
             pairs["head.norm" + end] = (kind.lm_head.norm + end,)
+        if config.head in OF_TOKENS:
+            pairs["head" + end] = (OF_TOKENS[config.head] + end,)
     if config.head == "lm" and not kind.decoder:
         pairs["head.bias"] = (kind.lm_head.bias,)
     if config.head == "classifier" and kind.decoder:
@@ -54,11 +57,17 @@ def tied_names(config: ModelConfig) -> dict[str, str]:
 def ignored_names(config: ModelConfig, keep_head: bool) -> tuple[str, ...]:
     """How names begin that belong to the heads of other tasks."""
     kind = config.kind
-    if config.head == "lm":
+    if config.head != "classifier":
         pooler = (kind.prefix + "pooler.", "pre_classifier.")
-        return (*kind.other_heads, "classifier.", kind.head + ".", *pooler)
+        return (*kind.other_heads, "classifier.", "qa_outputs.", kind.head + ".", *pooler)
     # Another task's classifier may have names of its own.
-    return (*kind.other_heads, *(() if keep_head else ("classifier.",)))
+    others = () if keep_head and not kind.decoder else ("classifier.",)
+    return (*kind.other_heads, "qa_outputs.", *others)
+
+
+def head_name(config: ModelConfig) -> str:
+    """How the names of the tensors of its last layer begin."""
+    return OF_TOKENS.get(config.head, config.kind.head) + "."
 
 
 def names_today(names: Iterable[str], kind: Family, path: Path) -> dict[str, str]:

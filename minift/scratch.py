@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .config import ModelConfig
+from .config import LABELLED, ModelConfig
 from .errors import InputError
 from .files import read_json
 from .layers import init_weights
 from .tokenizer import Tokenizer
 from .weights import Model, load_tokenizer, make_model
 
-OF_A_HEAD = "architectures", "id2label", "label2id", "task", "template"
+OF_A_HEAD = "architectures", "id2label", "label2id", "task", "template", "task_settings"
 VOCABULARY = 8000  # tokens at most, where the configuration does not say
 
 
@@ -25,7 +25,7 @@ def read_new_config(
     Args:
         path: of a config.json, of a TOML file with the same names, or of a folder with the former.
         vocabulary: rows of the token table, where the file does not say.
-        head: "classifier", or "lm" to predict tokens.
+        head: as for `load_model`.
 
     Raises:
         InputError: it is missing or cannot be used.
@@ -103,13 +103,13 @@ def random_model(
         config: of the model.
         labels: of a classifier.
         seed: the weights are a function of it.
-        head: "classifier" or "lm"; None: as the configuration says.
+        head: as for `load_model`; None: as the configuration says.
 
     Raises:
         InputError: it does not fit into memory.
     """
     head = head or config.head
-    labels = labels if head == "classifier" else ()
+    labels = labels if head in LABELLED else ()
     model = make_model(replace(config, labels=labels, head=head), Path("config.json"))
     init_weights(model, config.init_std, seed)
     return model

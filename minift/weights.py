@@ -12,15 +12,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .bert import BertClassifier, BertMasked
-from .config import ModelConfig
+from .bert import BertClassifier, BertMasked, BertTokens
+from .config import LABELLED, ModelConfig
 from .errors import InputError
 from .files import make_folder, read_json, write_file, write_json
-from .gpt import GPTClassifier, GPTLanguageModel
+from .gpt import GPTClassifier, GPTLanguageModel, GPTTokens
 from .hub import locate
 from .layers import init_weights
 from .names import (
     copy_parts,
+    head_name,
     hf_names,
     ignored_names,
     in_file,
@@ -31,12 +32,16 @@ from .names import (
 from .storage import Tensors, open_tensors
 from .tokenizer import Tokenizer
 
-Model = BertClassifier | BertMasked | GPTClassifier | GPTLanguageModel
+Model = BertClassifier | BertMasked | BertTokens | GPTClassifier | GPTLanguageModel | GPTTokens
 CLASSES = {  # by whether it is a decoder, and its head
     (False, "classifier"): BertClassifier,
     (False, "lm"): BertMasked,
+    (False, "tokens"): BertTokens,
+    (False, "span"): BertTokens,
     (True, "classifier"): GPTClassifier,
     (True, "lm"): GPTLanguageModel,
+    (True, "tokens"): GPTTokens,
+    (True, "span"): GPTTokens,
 }
 NEW_ALLOWED = ("pooler.", "head.")
 
@@ -99,8 +104,9 @@ def load_model(
         labels: names of the classes to learn; the folder's own order wins when they are the same
             names, otherwise the head is new. None: as the folder says, and its head must be there.
         seed: of the new head's weights.
-        head: "classifier", or "lm" to predict tokens: new, if the folder is of another model.
-            None: a classifier where labels are given, else what the folder holds.
+        head: "classifier" of texts, or "tokens", of tokens; "span" to find one; "lm" to predict
+            tokens: new, if the folder is of another model. None: a classifier of texts where labels
+            are given, else what the folder holds.
 
     Raises:
         InputError: a file is missing or damaged, or a tensor is missing, unknown or of a shape
@@ -110,19 +116,20 @@ def load_model(
     config = read_config(folder)
     head = head or (config.head if labels is None else "classifier")
     if config.head != head:
-        config = replace(config, head=head, task="", template=None)
-    keep = head == "lm" or labels is None
+        config = replace(config, head=head, task="", template=None, settings={})
+    labelled = head in LABELLED
+    keep = not labelled or labels is None
     keep = keep or (set(labels) == set(config.labels) and config.trained_head)
-    if head == "lm":
+    if not labelled:
         config = replace(config, labels=())
     elif not keep:
         config = replace(config, labels=labels)
-    if head == "classifier":
+    if labelled:
         _check_classifier(folder, config, labels)
     model = make_model(config, folder / "config.json")
     heads = (getattr(model, name, None) for name in ("pooler", "head"))
     init_weights(nn.ModuleList(filter(None, heads)), config.init_std, seed)
-    may_be_new = not config.trained_head if head == "lm" else labels is not None
+    may_be_new = labels is not None if labelled else not config.trained_head
     return model, read_weights(model, folder, keep, may_be_new)
 
 
@@ -132,7 +139,7 @@ def _check_classifier(folder, config, labels):
     if labels is None and not config.trained_head:
         made_for = ", ".join(map(str, config.raw["architectures"]))
         raise InputError(
-            f"{folder}: expected a classifier of texts, config.json is of {made_for}: train it"
+            f"{folder}: expected a trained classifier, config.json is of {made_for}: train it"
         )
 
 
@@ -167,7 +174,7 @@ def read_weights(
     loaded, fresh, dtypes = {}, {}, {}
     with open_tensors(path) as tensors:
         stored = names_today(tensors.names, config.kind, tensors.path)
-        dropped = "?" if keep_head else config.kind.head + "."
+        dropped = "?" if keep_head else head_name(config)
         found = {k: v for k, v in stored.items() if not k.startswith(dropped)}
         for ours, parameter in model.named_parameters():
             parts = [found.pop(theirs, None) for theirs in names[ours]]

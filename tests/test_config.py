@@ -30,8 +30,9 @@ RANGES = [
 ]
 COUNTS = (
     *("max_seq_length", "eval_steps", "save_steps", "save_total_limit"),
-    *("early_stopping_patience", "threads"),
+    *("early_stopping_patience", "threads", "doc_stride"),
 )
+LEAST_ONE = "max_answer_length", "seeds"
 BOTH = pytest.mark.parametrize("config", [TrainConfig, RunConfig])
 
 
@@ -78,8 +79,21 @@ def test_a_count_of_a_run_is_not_negative(name):
         RunConfig(**{name: -1})
 
 
+@pytest.mark.parametrize("name", LEAST_ONE)
+def test_a_count_of_a_run_is_one_or_more(name):
+    with pytest.raises(InputError, match=f"^expected {name} >= 1, got 0$"):
+        RunConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["max_dropped", "threshold"])
+@pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
+def test_a_share_of_a_run_is_below_one(name, value):
+    with pytest.raises(InputError, match=rf"^expected {name} in \[0, 1\), got"):
+        RunConfig(**{name: value})
+
+
 def test_every_count_of_a_run_is_checked():
-    assert set(COUNTS) == {f.name for f in fields(RunConfig) if f.type is int}
+    assert {*COUNTS, *LEAST_ONE} == {f.name for f in fields(RunConfig) if f.type is int}
 
 
 @BOTH

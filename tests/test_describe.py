@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny import call, tiny_config, tiny_model
 
 from minift import InputError
+from minift.bert import BertClassifier
 from minift.config import TrainConfig
 from minift.describe import describe
 from minift.scratch import make_tokenizer, random_model
@@ -114,6 +115,27 @@ def test_a_model_of_masked_words_is_described_too(tmp_path):
     wanted = sum(p.numel() for p in model.parameters())
     assert text.splitlines()[-1].split()[1] == f"{wanted:,}"
     assert "not a classifier yet" in describe(str(folder), TrainConfig(), head="classifier")
+
+
+@pytest.mark.parametrize(
+    ("task", "labels", "settings", "line"),
+    [
+        ("regression", ("score",), {}, "  predicts   a number: score\n"),
+        ("classification", ("a", "b"), {}, "  labels     2: a, b\n"),
+        (
+            "multilabel",
+            ("a", "b"),
+            {"threshold": 0.25},
+            "  labels     2: a, b; any number of them, threshold 0.25\n",
+        ),
+    ],
+)
+def test_what_a_classifier_answers_is_said(task, labels, settings, line, tmp_path):
+    """A number, a label, or several: their heads look alike."""
+    model, _ = load_model(tiny_model(tmp_path / "m"), labels)
+    config = replace(model.config, task=task, settings=settings)
+    save_model(BertClassifier(config), tmp_path / "m")
+    assert line in describe(str(tmp_path / "m"), TrainConfig())
 
 
 def test_the_command_takes_the_flags_of_train(capsys, tmp_path):

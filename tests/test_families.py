@@ -20,6 +20,7 @@ from transformers import (
 
 from minift import Example, InputError, ModelConfig, load_model, save
 from minift.batch import collate
+from minift.bert import BertTokens
 from minift.families import FAMILIES
 from minift.scratch import random_model
 from minift.tokenizer import Tokenizer
@@ -137,11 +138,13 @@ def test_a_trained_head_is_kept_only_for_its_own_labels(family, tmp_path):
 
 
 def test_a_tagger_is_no_classifier(tmp_path):
-    """It has id2label and a tensor called classifier.weight, of tags: to predict with it is an
-    error, and labels that happen to be its tags are learned anew."""
+    """It has id2label and a tensor called classifier.weight, of tags: it loads as a tagger, and
+    labels that happen to be its tags are learned anew."""
     peer = peer_of("bert", AutoModelForTokenClassification, tmp_path, labels=3)
-    with pytest.raises(InputError, match="expected a classifier of texts, config"):
-        load_model(tmp_path)
+    model, _ = load_model(tmp_path)
+    assert isinstance(model, BertTokens)
+    with pytest.raises(InputError, match="expected a trained classifier, config"):
+        load_model(tmp_path, head="classifier")
     _, report = load_model(tmp_path, labels=tuple(peer.config.id2label.values()))
     assert "head.weight" in report.new
     assert "classifier.weight" in report.ignored

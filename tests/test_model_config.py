@@ -189,3 +189,75 @@ def test_gpt2_knows_the_names_of_other_families():
     config = ModelConfig.from_hf(raw | {"max_position_embeddings": 64})
     assert (config.dim, config.n_layer, config.n_head, config.max_len) == (32, 2, 4, 64)
     assert "hidden_size" not in config.to_hf()
+
+
+@pytest.mark.parametrize(
+    ("problem", "task"),
+    [
+        ("regression", "regression"),
+        ("multi_label_classification", "multilabel"),
+        ("single_label_classification", ""),
+        (None, ""),
+    ],
+)
+def test_the_kind_of_loss_names_the_task_of_anothers_classifier(problem, task):
+    """Our own name of the task wins, and a head for tokens has no such loss."""
+    raw = RAW | {"architectures": ["BertForSequenceClassification"], "problem_type": problem}
+    assert ModelConfig.from_hf(raw).task == task
+    assert ModelConfig.from_hf(raw | {"task": "classification"}).task == "classification"
+    tokens = raw | {"architectures": ["BertForTokenClassification"]}
+    assert ModelConfig.from_hf(tokens).task == ""
+
+
+@pytest.mark.parametrize(
+    ("more", "task"),
+    [
+        ({"id2label": {"0": "LABEL_0"}}, "regression"),
+        ({"id2label": {"0": "LABEL_0"}, "problem_type": "single_label_classification"}, ""),
+        ({"id2label": {"0": "no", "1": "yes"}}, ""),
+        ({"id2label": {"0": "LABEL_0"}, "task": "classification"}, "classification"),
+        ({"id2label": {"0": "LABEL_0"}, "architectures": ["BertForTokenClassification"]}, ""),
+    ],
+)
+def test_one_output_is_a_number(more, task):
+    """As transformers takes it: a softmax over one output would be sure of it always."""
+    raw = RAW | {"architectures": ["BertForSequenceClassification"]}
+    assert ModelConfig.from_hf(raw | more).task == task
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_the_task_of_a_classifier_is_its_kind_of_loss(task):
+    """What transformers is told is what it tells us."""
+    config = ModelConfig.from_hf(RAW | {"task": task})
+    saved = json.loads(json.dumps(config.to_hf()))
+    assert ModelConfig.from_hf(saved).task == task
+    del saved["task"]
+    assert ModelConfig.from_hf(saved).task == {"classification": ""}.get(task, task)
+
+
+@pytest.mark.parametrize(
+    ("ending", "head"),
+    [
+        ("ForSequenceClassification", "classifier"),
+        ("ForTokenClassification", "tokens"),
+        ("ForQuestionAnswering", "span"),
+        ("ForMaskedLM", "lm"),
+        ("Model", "classifier"),
+    ],
+)
+def test_heads_are_known_by_their_classes(ending, head):
+    config = ModelConfig.from_hf(RAW | {"architectures": ["Bert" + ending]})
+    assert config.head == head
+    if ending != "Model":
+        assert config.trained_head
+        assert config.to_hf()["architectures"] == ["Bert" + ending]
+    assert ("id2label" in config.to_hf()) == (head in ("classifier", "tokens"))
+
+
+def test_settings_of_a_task_come_back():
+    """What is no object is nobody's, and nothing is written where there is nothing."""
+    config = ModelConfig.from_hf(RAW | {"task_settings": {"threshold": 0.25}})
+    assert config.settings == {"threshold": 0.25}
+    assert ModelConfig.from_hf(config.to_hf()).settings == config.settings
+    assert ModelConfig.from_hf(RAW | {"task_settings": [1]}).settings == {}
+    assert "task_settings" not in ModelConfig.from_hf(RAW).to_hf()

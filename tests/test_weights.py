@@ -276,7 +276,7 @@ def test_no_labels_and_no_head(tmp_path):
     assert fails(tmp_path) == ": config.json has no id2label: is this a trained classifier?"
     set_config(tmp_path, id2label={"0": "a", "1": "b"})
     assert fails(tmp_path) == (
-        ": expected a classifier of texts, config.json is of BertModel: train it"
+        ": expected a trained classifier, config.json is of BertModel: train it"
     )
     model, report = load_model(tmp_path, labels=("a", "b"))
     assert list(report.new) == ["head.weight", "head.bias"]
