@@ -3,7 +3,7 @@
     tokens     101 2023 102 | 101 2054 1037 3185 102       (T,)  sequences end to end
     positions    0    1   2 |   0    1    2    3   4       (T,)
     layout     cu_seqlens (0, 3, 8), first (0, 3), ...     every index an operation needs
-    targets         1       |          0                   (B,)  one a sequence, or
+    targets         1       |          0                   (B,)  one a sequence, or (B, K), or
                101         2054 1037 3185 102              (N,)  of the tokens at rows `at`
     at              1           4    5    6   7            (N,)
 
@@ -33,7 +33,9 @@ class Example:
 
     tokens: Sequence[int]
     types: Sequence[int]  # 0 for the first text, 1 for the second; (): all 0
-    target: int | Sequence[int]  # a label's number, or one for each token; -100: none
+    # A label's number, or one for each token, -100: none; or numbers to come near, as a float or
+    # an array (K,) of float32 or uint8.
+    target: int | float | Sequence[int]
     cut: bool = False  # the text was longer
     lengths: tuple[int, ...] = ()  # of its sequences; (): it is one
 
@@ -46,7 +48,8 @@ class Batch:
     positions: Tensor  # (T,) int64, from 0 in every sequence
     types: Tensor  # (T,) int64
     key: Tensor  # (T,) int64: number of the example in its step << 32 | position
-    targets: Tensor  # (B,), (N,) or (T,) int64; where there is none, IGNORE_INDEX
+    # (B,), (N,) or (T,) int64, where there is none IGNORE_INDEX; or (B,) or (B, K) fp32, then NaN.
+    targets: Tensor
     at: Tensor | None  # (N,) int64: rows of the targets; None: targets of sequences, or of all rows
     layout: Layout
     order: EmbedOrder | None  # by tokens, positions, types, and one type for all; to train
@@ -59,7 +62,7 @@ class Batch:
         layout = self.layout
         spans = map(len, (layout.short, layout.long, layout.long_keys))
         listed = -1 if self.at is None else len(self.at)
-        sizes = layout.rows, len(layout.lengths), len(self.targets), listed, layout.longest
+        sizes = layout.rows, len(layout.lengths), *self.targets.shape, listed, layout.longest
         return *sizes, *spans, int(self.order is not None)
 
     def within(self, memory: Tensor) -> "Batch":
@@ -90,16 +93,20 @@ class Batch:
 
 
 DENSE = 0.9  # share of tokens with a target above which listing them spares nothing
+WIDE = np.dtype(np.float32), np.dtype(np.uint8)  # of targets that are several numbers
 OWN = "tokens", "positions", "types", "key", "targets", "at"
 OF_LAYOUT = "first", "last", "cu_seqlens", "short", "long", "long_keys"
 
 
 def _within(memory, like, batch):
     """The batch whose tensors, of the sizes of `like`, follow each other in memory."""
-    flat = {x.itemsize: x for x in (memory.view(torch.int64), memory.view(torch.int32))}
+    kinds = torch.int64, torch.int32, torch.float32
+    flat = {str(kind).removeprefix("torch."): memory.view(kind) for kind in kinds}
     places = accumulate((_room(x) for x in like), initial=memory.storage_offset())
     views = (
-        flat[x.itemsize].as_strided(x.shape, (*x.shape[1:], 1), at // x.itemsize)
+        flat[str(x.dtype).removeprefix("torch.")].as_strided(
+            x.shape, (*x.shape[1:], 1), at // x.itemsize
+        )
         for at, x in zip(places, like, strict=False)
     )
     names = [name for name in OWN if name != "at" or batch.at is not None]
@@ -192,6 +199,11 @@ def _targets(chosen, pieces, T, sequences):
         targets = np.full(sequences, IGNORE_INDEX, np.int64)
         targets[: len(pieces)] = [chosen[i].target for i, *_ in pieces]
         return targets, None
+    if isinstance(chosen[0].target, float) or getattr(chosen[0].target, "dtype", None) in WIDE:
+        found = np.array([chosen[i].target for i, *_ in pieces], np.float32)
+        targets = np.full((sequences, *found.shape[1:]), np.nan, np.float32)
+        targets[: len(pieces)] = found
+        return targets, None
     wide = np.full(T, IGNORE_INDEX, np.int64)
     joined = _joined([_part(chosen[i].target, b, n) for i, b, n in pieces])
     wide[: len(joined)] = joined
@@ -230,16 +242,31 @@ class Batches:
     seed: int = 0
     # What the examples of an epoch are, if they are not the same in all: as many, a function of it.
     vary: Callable[[int], Sequence[Example]] | None = None
+    weights: np.ndarray | None = None  # (N,) above 0: how often each is drawn; None: all once
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch; the last may be short."""
         return math.ceil(len(self.examples) / (self.batch_size * self.accumulation))
 
     def order(self, epoch: int) -> np.ndarray:
-        """(N,) a permutation of the examples, a function of (seed, epoch)."""
+        """(N,) a permutation of the examples, a function of (seed, epoch).
+
+        With weights N draws with replacement by systematic resampling (Kitagawa 1996): one random
+        offset for N equal steps through the summed weights, so that an example comes as often as
+        expected, rounded up or down, and so does every label, whose examples lie together there.
+        """
         # The epoch is the highest word of the counter: the streams of two epochs never meet.
         generator = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, epoch]))
-        return generator.permutation(len(self.examples))
+        count = len(self.examples)
+        if self.weights is None:
+            return generator.permutation(count)
+        # Equal weights side by side, in another order in each epoch: the steps fall elsewhere.
+        mixed = generator.permutation(count)
+        mixed = mixed[np.argsort(self.weights[mixed], kind="stable")]
+        ends = np.cumsum(self.weights[mixed])
+        steps = (np.arange(count) + generator.random()) * (ends[-1] / count)
+        drawn = mixed[np.minimum(np.searchsorted(ends, steps, side="right"), count - 1)]
+        return generator.permutation(drawn)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """The micro-batches of each step of an epoch, from step `start` on."""

@@ -391,3 +391,31 @@ def test_nothing_to_evaluate():
     assert list(evaluation_batches([])) == []
     assert list(Batches([], 4).epoch(0)) == []
     assert len(Batches([], 4)) == 0
+
+
+@pytest.mark.parametrize(
+    "targets", [(0.5, -1.0, 2.0), (np.array([0, 1], np.uint8), np.array([1, 1], np.uint8))]
+)
+def test_numbers_to_come_near_lie_beside_their_sequences(targets):
+    """Floats, or arrays of them, follow the order of the batch; an empty sequence has NaN, and the
+    batch is the same one after a copy."""
+    examples = [Example([1] * (3 - i), (), target) for i, target in enumerate(targets)]
+    batch = collate(examples, range(len(examples)), 0, True, 4)
+    assert batch.targets.dtype == torch.float32
+    assert batch.at is None
+    assert batch.targets.shape == (4, *np.shape(targets[0]))
+    for row, found in zip(batch.rows, batch.targets, strict=False):
+        np.testing.assert_array_equal(found.numpy(), targets[row])
+    assert batch.targets[len(targets) :].isnan().all()
+    copy = batch.within(batch.memory.clone())
+    assert torch.equal(copy.targets[: len(targets)], batch.targets[: len(targets)])
+    assert copy.shape == batch.shape
+    assert torch.equal(copy.tokens, batch.tokens)
+
+
+def test_batches_of_another_number_of_outputs_have_another_shape():
+    """A captured step may not be replayed on them."""
+    shapes = {
+        collate([Example([1, 2], (), np.zeros(k, np.uint8))], [0], 0, True, 1).shape for k in (2, 3)
+    }
+    assert len(shapes) == 2
