@@ -1,16 +1,30 @@
 """Text-classification files and folders -> rows; plain text for prediction.
 
-What is wrong with a file is an InputError that names the line. Below the public functions:
-records -> columns -> rows; `readers` is what comes before.
+What is wrong with a file is an InputError that names the line. Before it come `readers` (records)
+and `columns` (which of their fields are which).
 """
 
-import difflib
 import hashlib
+import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 
+from .columns import (
+    ABSENT,
+    USUAL,
+    Columns,
+    Indices,
+    asked_columns,
+    has_header,
+    is_header,
+    json_names,
+    named_columns,
+    unnamed_columns,
+    value_at,
+)
 from .errors import InputError
 from .readers import (
     JSON,
@@ -34,22 +48,16 @@ from .readers import (
     wrong,
 )
 
-# The columns of text, pair and label: names; or numbers from 1, and how many columns there are.
+# The columns of text, pair, label and id: names, or numbers from 1.
 Keys = list[str | int | None]
-Cells = tuple[Keys, Iterable[tuple[int, list]]]  # and, row by row, a line and what stands in them
+Cells = Iterable[tuple[int, list]]  # row by row, a line and what stands in the columns
+Drop = Callable[[str, str], None]
 
+FIND_ALL = Columns()
 END_OF_TEXT = "<|endoftext|>"
-_ABSENT = object()  # what an object of JSON does not have; null is something
-
-_USUAL = {  # what the columns are called in the files of the world, the likeliest first
-    role: tuple(names.split())
-    for role, names in (
-        ("text", "text sentence sentence1 review content question question1 premise query tweet "
-                 "comment utterance document"),
-        ("pair", "sentence2 text_pair text2 question2 hypothesis answer"),
-        ("label", "label labels category class target intent sentiment label_text"),
-    )
-}  # fmt: skip
+HEAD_OBJECTS = 100  # of a file that is streamed: their keys are its columns
+HEAD_RECORDS = 1000  # and these show what the columns of a table without a header are
+_MOST_SHARED = 4096  # labels of which all rows have the same object
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,26 +66,47 @@ class Row:
 
     text: str  # "" where the file has a blank
     pair: str | None = None  # second text
-    label: str | None = None  # as written, without blanks around it; None: the file has no label
+    # As written, without blanks around it, or what it was read as; None: the file has no label.
+    label: Hashable = None
     line: int = 0  # 1-based line of the file where the row starts
     file: str | None = None  # which file of a folder, as errors show it; None: a file was read
+    id: str | None = None  # what the file calls the row
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Which columns to read: names, or 1-based numbers as text ("2") in a CSV or TSV.
+class Reading:
+    """How a file is read: see `read_rows`."""
 
-    In JSON a name may lead through objects and lists, "messages.0.content", unless a key is called
-    so. None: find the column. A pair is not looked for when `text` is given, or `pair` is empty; a
-    label is not when `label` is empty.
+    columns: Columns
+    labelled: bool
+    parse: Callable[[object], Hashable]
+    drop: Drop | None = None
+    whole: bool = True  # columns are decided by all of a file, not by its head
+    plain: bool = False  # a folder may hold .txt files, of a text a line
+
+
+def one_label(value: object) -> str:
+    """A label as a file has it: text, a whole number or a bool.
+
+    Raises:
+        ValueError: it is something else; says what is expected.
     """
+    if isinstance(value, str) and value.strip():
+        return value.strip()  # "spam " beside "spam" is never meant
+    if isinstance(value, bool):  # before int, which it is too
+        return "true" if value else "false"
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
+        return str(int(value))
+    raise ValueError("a label")
 
-    text: str | None = None
-    pair: str | None = None
-    label: str | None = None
 
-
-def read_rows(path: Path, columns: Columns = Columns(), labelled: bool = True) -> list[Row]:
+def read_rows(
+    path: Path,
+    columns: Columns = FIND_ALL,
+    labelled: bool = True,
+    parse: Callable[[object], Hashable] = one_label,
+    drop: Drop | None = None,
+) -> list[Row]:
     """The rows of a .csv, .tsv/.tab or .jsonl/.ndjson/.json file, or of a folder, in their order.
 
     A folder holds such files, which are read in the order of their names and have the same
@@ -86,11 +115,17 @@ def read_rows(path: Path, columns: Columns = Columns(), labelled: bool = True) -
 
     Args:
         path: the file, in UTF-8, or the folder.
-        columns: which columns hold text, pair and label. Those left out are found: by the usual
-            names in a header or in JSON keys; without a header, the column with the fewest
-            different values is the label and the others are text and pair.
+        columns: which columns hold text, pair, label and id. Those left out are found: by the
+            usual names in a header or in JSON keys; without a header, of the columns that can be
+            read as labels the one with the fewest different values is the label, the others are
+            text and pair.
         labelled: whether every row must have a label. If not, labels are kept where there are
             any, and what cannot be a label reads as None.
+        parse: a label from what stands in the file: text, or a value of JSON; raises ValueError,
+            which says what is expected.
+        drop: is told of each row that has no text or no label that can be read, which then is left
+            out: file:line, and why, in the same words for all rows of the same mistake. None: such
+            a row is an error. A broken file is one in any case.
 
     Returns:
         All rows; those with a blank text as well, see `splits.with_texts`.
@@ -98,9 +133,28 @@ def read_rows(path: Path, columns: Columns = Columns(), labelled: bool = True) -
     Raises:
         InputError: the file, one of its lines or `columns` is not as it should be.
     """
-    if os.path.isdir(path):
-        return _folder_rows(path, columns, labelled)
-    return _file_rows(path, columns, labelled)[1]
+    return list(_rows(path, Reading(columns, labelled, parse, drop)))
+
+
+def stream_rows(
+    path: Path,
+    columns: Columns = FIND_ALL,
+    labelled: bool = True,
+    parse: Callable[[object], Hashable] = one_label,
+    drop: Drop | None = None,
+) -> Iterator[Row]:
+    """The rows that `read_rows` has, one by one: memory does not grow with the file.
+
+    The same but for this: the keys of JSON are those of the first 100 objects, and what the
+    columns of a table without a header hold is seen in its first 1,000 rows.
+
+    Args:
+        path: see `read_rows`, as for the others.
+
+    Raises:
+        InputError: as `read_rows`, where the mistake stands, when rows before it have been given.
+    """
+    return _rows(path, Reading(columns, labelled, parse, drop, whole=False))
 
 
 def read_documents(path: Path, column: str | None = None) -> list[Row]:
@@ -114,7 +168,7 @@ def read_documents(path: Path, column: str | None = None) -> list[Row]:
     Raises:
         InputError: as `read_rows`, or there is no text.
     """
-    columns, rows, files = Columns(text=column, pair="", label=""), [], [path]
+    columns, rows, files = Columns(column, "", "", ""), [], [path]
     if os.path.isdir(path):
         files = files_in(path, TABLES + JSON) or files_in(path, TEXT)
         if not files:
@@ -122,7 +176,7 @@ def read_documents(path: Path, column: str | None = None) -> list[Row]:
             raise wrong(shown_path(path), expected, "none", "name a file or another folder")
     for file in files:
         if ending_of(file) in TABLES + JSON:
-            rows += _file_rows(file, columns, False, shown_path(file))[1]
+            rows += _whole_rows(file, columns, shown_path(file))
         else:
             texts, name = whole_text(file).split(END_OF_TEXT), shown_path(file)
             rows += [Row(text, line=1, file=name) for text in texts]
@@ -132,7 +186,7 @@ def read_documents(path: Path, column: str | None = None) -> list[Row]:
     return rows
 
 
-def read_texts(path: Path, columns: Columns = Columns()) -> list[Row]:
+def read_texts(path: Path, columns: Columns = FIND_ALL) -> list[Row]:
     """Rows to predict: as `read_rows`, labels not needed. A .txt or unknown file: a text a line.
 
     Args:
@@ -142,11 +196,16 @@ def read_texts(path: Path, columns: Columns = Columns()) -> list[Row]:
     Raises:
         InputError: as `read_rows`.
     """
-    if os.path.isdir(path):
-        return _folder_rows(path, columns, labelled=False, plain=True)
-    if ending_of(path) in TABLES + JSON:
-        return read_rows(path, columns, labelled=False)
-    return _line_rows(path)
+    return list(_texts(path, Reading(columns, False, one_label, plain=True)))
+
+
+def stream_texts(
+    path: Path,
+    columns: Columns = FIND_ALL,
+    parse: Callable[[object], Hashable] = one_label,
+) -> Iterator[Row]:
+    """The rows that `read_texts` has, one by one, as by `stream_rows`."""
+    return _texts(path, Reading(columns, False, parse, whole=False, plain=True))
 
 
 def fingerprint(path: Path) -> str:
@@ -166,130 +225,145 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _texts(path: Path, how: Reading) -> Iterator[Row]:
+    plain = not os.path.isdir(path) and ending_of(path) not in TABLES + JSON
+    return _line_rows(path) if plain else _rows(path, how)
+
+
+def _rows(path: Path, how: Reading) -> Iterator[Row]:
+    if os.path.isdir(path):
+        yield from _folder_rows(path, how)
+    else:
+        with _file_rows(path, how) as (_, rows):
+            yield from rows
+
+
+def _whole_rows(path: Path, columns: Columns, member: str) -> list[Row]:
+    with _file_rows(path, Reading(columns, False, one_label), member) as (_, rows):
+        return list(rows)
+
+
+@contextmanager
 def _file_rows(
-    path: Path, columns: Columns, labelled: bool, member: str | None = None
-) -> tuple[Keys, list[Row]]:
-    """The columns that were read, and the rows. `member`: what their field `file` says."""
-    file, rows = shown_path(path), []
+    path: Path, how: Reading, member: str | None = None
+) -> Iterator[tuple[Keys, Iterator[Row]]]:
+    """What the columns of text, pair and label are called, in a table without a header their
+    numbers and its width; and the rows. `member`: what their field `file` says."""
+    file, columns = shown_path(path), how.columns
     cells_of = _json_cells if ending_of(path) in JSON else _table_cells
     names = {name.lower() for name in vars(columns).values() if name}
-    labels: dict[str, str] = {}  # one string for each, however many rows
-    with opened_records(path, names | {*_USUAL["text"], *_USUAL["label"]}) as records:
-        keys, cells = cells_of(records, columns, labelled, file)
-        text_key, pair_key, label_key, *_ = keys
-        for line, (text, pair, label) in cells:
-            text = _text(text, text_key, file, line)
-            pair = None if pair_key is None else _text(pair, pair_key, file, line)
+    with opened_records(path, names | {*USUAL["text"], *USUAL["label"]}) as records:
+        keys, width, cells = cells_of(records, how, file)
+        yield [*keys[:3], *width], _made_rows(keys, cells, how, file, member)
+
+
+def _made_rows(
+    keys: Keys, cells: Cells, how: Reading, file: str, member: str | None
+) -> Iterator[Row]:
+    text_key, pair_key, label_key, _ = keys
+    labels: dict[Hashable, Hashable] = {}  # one object for each, however many rows
+    nothing = True
+    for line, (text, pair, label, name) in cells:
+        nothing, where = False, f"{file}:{line}"
+        try:
+            text = _text(text, text_key, where)
+            pair = None if pair_key is None else _text(pair, pair_key, where)
             if label_key is not None:
-                label = _label(label, label_key, labelled, file, line)
-                label = labels.setdefault(label, label)
-            rows.append(Row(text, pair, label, line, member))
-    if not rows:  # nothing, or nothing below the header
+                label = _label(label, label_key, how, where)
+                if len(labels) < _MOST_SHARED:
+                    label = labels.setdefault(label, label)
+        except Unusable as error:
+            if how.drop is None:
+                raise InputError(str(error)) from None
+            how.drop(where, error.why)
+            continue
+        yield Row(text, pair, label, line, member, _id(name))
+    if nothing:  # at all, or below the header
         raise empty(file)
-    return keys, rows
 
 
-def _line_rows(path: Path, member: str | None = None) -> list[Row]:
+def _line_rows(path: Path, member: str | None = None) -> Iterator[Row]:
     """The lines of plain text, but for blank ones."""
+    nothing = True
     with opened_lines(path) as lines:
-        texts = [(n, line) for n, line in enumerate(lines, 1) if not line.isspace()]
-    if not texts:
+        for number, line in enumerate(lines, 1):
+            if not line.isspace():
+                nothing, text = False, line.removesuffix("\n").removesuffix("\r")
+                yield Row(text, None, None, number, member)
+    if nothing:
         raise empty(shown_path(path))
-    return [
-        Row(line.removesuffix("\n").removesuffix("\r"), None, None, n, member) for n, line in texts
-    ]
 
 
-def _folder_rows(folder: Path, columns: Columns, labelled: bool, plain: bool = False) -> list[Row]:
-    rows: list[Row] = []
+def _folder_rows(folder: Path, how: Reading) -> Iterator[Row]:
     if tables := files_in(folder, TABLES + JSON):
         check_one_set(folder, tables)
-        settled: Keys = []
-        for file in tables:
-            keys, found = _file_rows(file, columns, labelled, shown_path(file))
+        yield from _table_folder_rows(tables, how)
+    elif labels := folders_of_texts(folder):
+        for label, files in labels:
+            for file in files:
+                texts = iter([(1, [whole_text(file), None, label, None])])
+                member = shown_path(file)
+                yield from _made_rows(["", None, "", None], texts, how, member, member)
+    elif how.plain and (files := files_in(folder, TEXT)):
+        for file in files:
+            yield from _line_rows(file, shown_path(file))
+    else:
+        expected = f"files {' '.join(TABLES + JSON)} in it, or a folder of .txt for each label"
+        raise wrong(shown_path(folder), expected, "neither", "name a file or another folder")
+
+
+def _table_folder_rows(tables: list[str], how: Reading) -> Iterator[Row]:
+    settled: Keys = []
+    for file in tables:
+        with _file_rows(file, how, shown_path(file)) as (keys, rows):
             if settled and keys != settled:
                 expected = f"columns {show(settled)} as in {shown_path(tables[0])}"
                 raise wrong(shown_path(file), expected, show(keys), "write them all alike")
             if not settled:
-                settled, roles = keys, zip(_USUAL, keys, strict=False)
+                settled, roles = keys, zip(("text", "pair", "label"), keys, strict=False)
                 names = {role: "" if key is None else str(key) for role, key in roles}
-                columns = Columns(**{role: getattr(columns, role) or names[role] for role in names})
-            rows += found
-    elif labels := folders_of_texts(folder):
-        for label, files in labels:
-            for file in files:
-                member = shown_path(file)
-                rows.append(Row(_text(whole_text(file), "", member, 1), None, label, 1, member))
-    elif plain:
-        for file in files_in(folder, TEXT):
-            rows += _line_rows(file, shown_path(file))
-    if not rows:
-        expected = f"files {' '.join(TABLES + JSON)} in it, or a folder of .txt for each label"
-        raise wrong(shown_path(folder), expected, "neither", "name a file or another folder")
-    return rows
+                asked = {role: getattr(how.columns, role) or names[role] for role in names}
+                how = replace(how, columns=replace(how.columns, **asked))
+            yield from rows
 
 
-def _json_cells(records: Iterator[Object], columns: Columns, labelled: bool, file: str) -> Cells:
-    objects = list(records)
-    if not objects:
+def _json_cells(
+    records: Iterator[Object], how: Reading, file: str
+) -> tuple[Keys, list[int], Cells]:
+    head = list(islice(records, None if how.whole else HEAD_OBJECTS))
+    if not head:
         raise empty(file)
-    names = dict.fromkeys(key for _, record in objects for key in record)
-    names |= dict.fromkeys(path for _, record in objects[:100] for path in _paths(record))
-    for name in filter(None, vars(columns).values()):
-        if "." in name and any(value_at(record, name) is not _ABSENT for _, record in objects):
-            names.setdefault(name)  # a path that may go deeper
-    where, names = f"{file}:{objects[0][0]}", list(names)
-    asked = _asked(names, columns, where, numbers=False)
-    keys = [None if i is None else names[i] for i in _named(names, asked, columns, labelled, where)]
-    return keys, (
+    names = json_names([record for _, record in head], how.columns)
+    where = f"{file}:{head[0][0]}"
+    asked = asked_columns(names, how.columns, where, numbers=False)
+    found = named_columns(names, asked, how.columns, how.labelled, where)
+    keys = [None if i is None else names[i] for i in found]
+    cells = (
         (line, [None if key is None else value_at(record, key) for key in keys])
-        for line, record in objects
+        for line, record in chain(head, records)
     )
+    return keys, [], cells
 
 
-def _paths(value: object, above: str = "", depth: int = 4) -> Iterator[str]:
-    """The dotted names of what stands below the keys."""
-    if isinstance(value, list):
-        value = {"0": value[0]} if value else {}
-    for key, below in value.items():
-        if isinstance(below, dict | list) and depth:
-            yield from _paths(below, f"{above}{key}.", depth - 1)
-        elif above:
-            yield f"{above}{key}"
-
-
-def value_at(record: dict[str, object], name: str) -> object:
-    """What stands under a key, or at the end of a dotted path."""
-    if name in record or "." not in name:
-        return record.get(name, _ABSENT)
-    value: object = record
-    for part in name.split("."):
-        if isinstance(value, dict):
-            value = value.get(part, _ABSENT)
-        elif isinstance(value, list) and part.isdecimal():
-            index = int(part[:9])  # no list is as long, and int() refuses thousands of digits
-            value = value[index] if index < len(value) else _ABSENT
-        elif value is not None:  # of null every part is null
-            return _ABSENT
-    return value
-
-
-def _table_cells(records: Iterator[Record], columns: Columns, labelled: bool, file: str) -> Cells:
-    records = same_width(records, file)
+def _table_cells(
+    records: Iterator[Record], how: Reading, file: str
+) -> tuple[Keys, list[int], Cells]:
+    records, columns, labelled = same_width(records, file), how.columns, how.labelled
     first_line, first = next(records, (1, []))
     if not first:
         raise empty(file)
     where, names = f"{file}:{first_line}", [name.strip() for name in first]
-    asked = _asked(names, columns, where, numbers=True)
-    if not _is_header(names, columns):  # then all rows must be looked at
-        table = [(first_line, first), *records]
-        records = iter(table)
-        if not _has_header(table, columns, labelled):
-            found = _unnamed(table, asked, columns, labelled, where)
-            keys, cells = _cells(records, found, range(1, len(first) + 1))
-            return [*keys, len(first)], cells
+    asked = asked_columns(names, columns, where, numbers=True)
+    if not is_header(names, columns):  # then other rows must be looked at
+        limit = None if how.whole else HEAD_RECORDS - 1
+        table = [(first_line, first), *islice(records, limit)]
+        records = chain(table, records)
+        if not has_header(table, columns, labelled):
+            found = unnamed_columns(table, asked, columns, labelled, where, how.parse)
+            return _cells(records, found, range(1, len(first) + 1), [len(first)])
         next(records)
-    return _cells(records, _named(names, asked, columns, labelled, where), names)
+    found = named_columns(names, asked, columns, labelled, where)
+    return _cells(records, found, names, [])
 
 
 def same_width(records: Iterator[Record], file: str) -> Iterator[Record]:
@@ -303,134 +377,54 @@ def same_width(records: Iterator[Record], file: str) -> Iterator[Record]:
         yield line, fields
 
 
-def _cells(records: Iterator[Record], found: list[int | None], names: Sequence[str | int]) -> Cells:
+def _cells(
+    records: Iterator[Record], found: Indices, names: Sequence[str | int], width: list[int]
+) -> tuple[Keys, list[int], Cells]:
     keys = [None if i is None else names[i] for i in found]
-    return keys, ((line, [None if i is None else row[i] for i in found]) for line, row in records)
+    cells = ((line, [None if i is None else row[i] for i in found]) for line, row in records)
+    return keys, width, cells
 
 
-def _is_header(names: list[str], columns: Columns) -> bool:
-    """Whether the first record alone says so."""
-    if not all(name.isdecimal() for name in vars(columns).values() if name):
-        return True
-    known = {name.lower() for name in names}
-    return all(known.intersection(_USUAL[role]) for role in ("text", "label"))
+class Unusable(ValueError):
+    """A row with no text or no label.
+
+    Args:
+        message: an error's line.
+        why: the same for all rows of the same mistake.
+    """
+
+    def __init__(self, message: str, why: str):
+        super().__init__(message)
+        self.why = why
 
 
-def _has_header(table: list[Record], columns: Columns, labelled: bool) -> bool:
-    """Whether the first record is one that has a text's name or a label's, not both."""
-    first = [cell.strip().lower() for cell in table[0][1]]
-    known = [i for i, cell in enumerate(first) if cell in _USUAL["text"] + _USUAL["label"]]
-    # "question" may as well be the label of the first row, and then recurs.
-    recurs = len(first) > 1 and any(
-        fields[i].strip().lower() == first[i] for i in known for _, fields in table[1:]
-    )
-    return bool(known) and not recurs and not (labelled and columns.label)
-
-
-def _asked(names: list[str], columns: Columns, where: str, numbers: bool) -> dict[str, int]:
-    """Role -> index, for the columns that the caller chose. `numbers`: "2" means the second."""
-    asked: dict[str, int] = {}
-    for role, name in vars(columns).items():
-        if not name:
-            continue
-        expected = f"a column {show(name)}"
-        if numbers and name.isdecimal():
-            index = int(name[:9]) - 1  # no file is as wide, and int() refuses thousands of digits
-            if not 0 <= index < len(names):
-                todo = f"set --{role}_column to a number from 1 to {len(names)}"
-                raise wrong(where, expected, show(names, 300), todo)
-        elif name in names:
-            index = names.index(name)
-        else:
-            close = difflib.get_close_matches(name, names[:100], n=1, cutoff=0.5)
-            todo = f"did you mean {show(close[0])}?" if close else f"change --{role}_column"
-            raise wrong(where, expected, show(names, 300), todo)
-        if index in asked.values():
-            todo = f"set --{role}_column to another"
-            raise wrong(where, "different columns", f"{show(name)} twice", todo)
-        asked[role] = index
-    return asked
-
-
-def _named(
-    names: list[str], asked: dict[str, int], columns: Columns, labelled: bool, where: str
-) -> list[int | None]:
-    """The columns as asked, else under a usual name. `names` are a header or the keys of JSON."""
-    filled = [name for name in names if name]
-    if len(set(filled)) < len(filled):
-        twice = show(Counter(filled).most_common(1)[0][0])
-        raise wrong(where, "different column names", f"{twice} twice", "rename one")
-    free: dict[str, int] = {}
-    for i, name in enumerate(names):
-        if i not in asked.values():
-            free.setdefault(name.strip().lower(), i)
-    found: dict[str, int | None] = dict(asked)
-    for role, usual in _USUAL.items():
-        if getattr(columns, role) is None and not (role == "pair" and columns.text):
-            found[role] = next((free[name] for name in usual if name in free), None)
-        if role == "text" and found.get(role) is None:
-            others = [i for name, i in free.items() if name not in _USUAL["label"]]
-            found[role] = others[0] if len(others) == 1 < len(names) else None
-        if found.get(role) is None and (role == "text" or (role == "label" and labelled)):
-            expected = f"a usual name for the {role} column, such as {usual[0]!r}"
-            below = [n for n in names if n.lower().rpartition(".")[2] in usual]
-            todo = f"set --{role}_column {show(below[0]) if below else ''}".rstrip()
-            raise wrong(where, expected, show(names, 300), todo)
-    return [found.get(role) for role in _USUAL]
-
-
-def _unnamed(
-    table: list[Record], asked: dict[str, int], columns: Columns, labelled: bool, where: str
-) -> list[int | None]:
-    """The columns as asked, else by how many different values they hold: labels the fewest."""
-    first = table[0][1]
-    free = [i for i in range(len(first)) if i not in asked.values()]
-    text, pair, label = (asked.get(role) for role in _USUAL)
-    if len(first) <= 3:
-        if columns.label != "" and label is None and len(free) > (text is None):
-            label = min(free, key=lambda i: (len({fields[i] for _, fields in table}), -i))
-            free.remove(label)
-        if text is None and free:
-            head = [fields for _, fields in table[:100]]  # numbers and dates are no texts
-            worded = [i for i in free if any(c.isalpha() for fields in head for c in fields[i])]
-            text, *rest = worded or free
-            pair = rest[0] if rest and columns.pair is None else pair
-    several = columns.label == "" and len(first) > 1 and "text" not in asked
-    if text is None or several or (labelled and label is None):
-        got = f"{len(first)} column(s) {show(first)}"
-        todo = "set --text_column and --label_column, or check the commas (CSV) or tabs (TSV)"
-        raise wrong(where, "a header with usual names, or a text and a label", got, todo)
-    if label is not None:
-        first_label, *others = (fields[label] for _, fields in table)
-        different = set(others)
-        if first_label not in different and 4 <= len(others) > 2 * len(different):
-            todo = f"--text_column {show(first[text])}"
-            todo += f" --label_column {show(first_label)}" if labelled else ""
-            raise InputError(
-                f"{where}: line {table[0][0]} looks like a header {show(first)}: name its columns, "
-                f"as with {todo}"
-            )
-    return [text, pair, label]
-
-
-def _text(value: object, key: str | int, file: str, line: int) -> str:
+def _text(value: object, key: str | int, where: str) -> str:
     if isinstance(value, str):
         return value if value.strip() else ""
     if value is None:
         return ""
-    todo = "mend or remove the row"
-    raise wrong(f"{file}:{line}", f"a text in column {show(key)}", kind_of(value), todo)
+    wanted = f"a text in column {show(key)}"
+    message = wrong(where, wanted, kind_of(value), "mend or remove the row")
+    raise Unusable(str(message), f"without {wanted}")
 
 
-def _label(value: object, key: str | int, labelled: bool, file: str, line: int) -> str | None:
-    if isinstance(value, str) and value.strip():
-        return value.strip()  # "spam " beside "spam" is never meant
-    if isinstance(value, bool):  # before int, which it is too
-        return "true" if value else "false"
-    if isinstance(value, int) or (isinstance(value, float) and value.is_integer()):
-        return str(int(value))
-    if labelled:
-        expected = f"a label in column {show(key)}"
-        todo = "write a string or a whole number, or remove the row"
-        raise wrong(f"{file}:{line}", expected, kind_of(value), todo)
-    return None
+def _label(value: object, key: str | int, how: Reading, where: str) -> Hashable:
+    try:
+        return how.parse(value)
+    except ValueError as error:
+        if not how.labelled:
+            return None
+        wanted = f"{error} in column {show(key)}"
+        got = show(value) if isinstance(value, str) and value.strip() else kind_of(value)
+        todo = "mend or remove the row"
+        if how.parse is one_label:
+            todo = "write a string or a whole number, or remove the row"
+        raise Unusable(str(wrong(where, wanted, got, todo)), f"without {wanted}") from None
+
+
+def _id(value: object) -> str | None:
+    """What a row is called; of what JSON nests, its JSON."""
+    if value is None or value is ABSENT:
+        return None
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text.strip() or None

@@ -1,6 +1,8 @@
 """What is said to the person at the keyboard: the one exception that is theirs to mend, and lines
 to be shown on the way."""
 
+import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -20,3 +22,9 @@ class Notice:
 
     text: str
     loud: bool = False
+
+
+def unknown(word: str, known: Sequence[str]) -> str:
+    """What to say of a name that does not exist."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"unknown {word!r}" + (f": did you mean {close[0]!r}?" if close else "")

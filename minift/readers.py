@@ -12,11 +12,11 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .errors import InputError
 
@@ -92,19 +92,14 @@ def opened_records(
         InputError: as `opened_lines`; the name has another ending, or a line breaks the format.
     """
     file, ending = shown_path(path), ending_of(path)
-    limit_of_process = csv.field_size_limit()
     with opened_lines(path, bare_cr=ending == ".csv") as lines:  # csv.reader finds them
         if ending not in TABLES + JSON:
             expected = f"a name that ends in {' '.join(TABLES + JSON)}"
             raise wrong(file, expected, show(ending), "convert or rename the file")
-        try:
-            if ending == ".csv":
-                csv.field_size_limit(_MAX_LINE)
-                yield _csv_records(lines, file, names)
-            else:
-                yield (_json_records(lines, file) if ending in JSON else _tsv_records(lines))
-        finally:
-            csv.field_size_limit(limit_of_process)
+        if ending == ".csv":
+            yield _csv_records(lines, file, names)
+        else:
+            yield (_json_records(lines, file) if ending in JSON else _tsv_records(lines))
 
 
 def whole_text(path: Path) -> str:
@@ -221,7 +216,7 @@ def _csv_records(lines: Iterator[str], file: str, names: Collection[str]) -> Ite
         delimiter, start = told[1], 2  # how Excel says it, in a line of its own
         del head[0]
     else:
-        delimiter = _delimiter(head, names)
+        delimiter = _long_fields(partial(_delimiter, head, names))
     record: list[str] = []  # the lines of the record that is being read
 
     def fed() -> Iterator[str]:
@@ -229,14 +224,25 @@ def _csv_records(lines: Iterator[str], file: str, names: Collection[str]) -> Ite
             record.append(line)
             yield line
 
+    reader = csv.reader(fed(), delimiter=delimiter, strict=True)
     try:
-        for fields in csv.reader(fed(), delimiter=delimiter, strict=True):
+        while (fields := _long_fields(partial(next, reader, None))) is not None:
             if not record[0].isspace():
                 yield start, fields
             start += len(record)
             record.clear()
     except csv.Error as error:
         raise _csv_mistake(str(error), record, start, delimiter, file) from None
+
+
+def _long_fields(read: Callable[[], Any], limit: int = _MAX_LINE) -> Any:
+    """Calls `read` with another limit to the fields of CSV, which is one for the whole process and
+    is the caller's again between two rows."""
+    limit_of_process = csv.field_size_limit(limit)
+    try:
+        return read()
+    finally:
+        csv.field_size_limit(limit_of_process)
 
 
 def _delimiter(head: list[str], names: Collection[str]) -> str:
@@ -280,8 +286,8 @@ def _csv_mistake(
     # A lenient reader hands out the field that the quote swallowed; its newlines lead back to
     # the line where the quote opens. Too long a field is quoted to the end of the line before.
     whole = [text.removesuffix("\n") + "\n" for text in record[: len(record) - too_long]]
-    csv.field_size_limit(sum(map(len, whole)))
-    *_, swallowed = next(csv.reader(whole, delimiter=delimiter))
+    lenient = csv.reader(whole, delimiter=delimiter)
+    *_, swallowed = _long_fields(partial(next, lenient), sum(map(len, whole)))
     opens = start + len(whole) - swallowed.count("\n")
     got = f"{_MAX_LINE >> 20} MiB more" if too_long else "the end of the file"
     todo = f"close the quote that opens on line {opens}, or {todo}"

@@ -1,10 +1,15 @@
 """Files in, rows or one line of explanation out."""
 
+import csv
+import gzip
 import hashlib
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minift.data import (
     Columns,
@@ -12,6 +17,7 @@ from minift.data import (
     fingerprint,
     read_rows,
     read_texts,
+    stream_rows,
 )
 from minift.errors import InputError
 from minift.splits import overlap, stratified_split, with_texts
@@ -316,8 +322,8 @@ def test_a_folder_of_tables_is_one_data_set(folder):
         c__tsv="text\tlabel\td\nd\t3\t\n", README__csv="?", notes__txt="?", sub_in_a__csv="?",
     )  # fmt: skip
     assert read_rows(path) == [
-        Row("a", None, "0", 2, f"{path}/a.csv"),
-        Row("b", None, "1", 4, f"{path}/a.csv"),
+        Row("a", None, "0", 2, f"{path}/a.csv", "7"),
+        Row("b", None, "1", 4, f"{path}/a.csv", "8"),
         Row("c", None, "2", 1, f"{path}/b.jsonl"),
         Row("d", None, "3", 2, f"{path}/c.tsv"),
     ]
@@ -507,3 +513,135 @@ def test_what_looks_like_a_header_is_shown_as_flags(write):
         read_rows(path)
     with pytest.raises(InputError, match=r"as with --text_column 'Satz'$"):
         read_texts(path)
+
+
+# ---------------------------------------------------------------- streams, drops, ids
+
+
+def number(value: object) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError("a number") from None
+
+
+def test_unusable_rows_are_dropped(write):
+    """Each is told of, in the same words for the same mistake; else the first is an error."""
+    path = write(
+        "a.jsonl",
+        '{"text": "x", "label": 0}\n{"text": 5, "label": 0}\n'
+        '{"text": "y"}\n{"text": "z", "label": " "}\n{"text": "w", "label": 1}\n',
+    )
+    told = []
+    rows = read_rows(path, drop=lambda *row: told.append(row))
+    assert fields(rows) == [("x", None, "0"), ("w", None, "1")]
+    label = "without a label in column 'label'"
+    assert told == [(f"{path}:2", "without a text in column 'text'"), (f"{path}:3", label),
+                    (f"{path}:4", label)]  # fmt: skip
+    assert_refused(read_rows, path, ":2:", "a text in column 'text', got a number")
+    broken = write("b.csv", "text,label\nx,0\ny\n")
+    assert_refused(read_rows, broken, ":3:", "1", drop=lambda *_: None)
+
+
+def test_a_file_of_dropped_rows_is_not_empty(write):
+    told = []
+    assert read_rows(write("a.csv", "text,label\nx,\n"), drop=lambda *row: told.append(row)) == []
+    assert len(told) == 1
+
+
+@settings(max_examples=40)
+@given(
+    table=st.lists(st.lists(st.sampled_from(["", "a b", "word", "7", "0", "x,y"]), min_size=3,
+                            max_size=3), min_size=1, max_size=12),
+    name=st.sampled_from(["a.csv", "a.tsv", "a.jsonl", "a.csv.gz"]),
+    header=st.booleans(),
+    labelled=st.booleans(),
+)  # fmt: skip
+def test_streamed_rows_are_those_that_are_read(tmp_path_factory, table, name, header, labelled):
+    """Row for row, with what is dropped, or the same error."""
+    path = tmp_path_factory.mktemp("stream") / name
+    keys = ["id", "text", "label"]
+    if name == "a.jsonl":
+        lines = [json.dumps(dict(zip(keys, row, strict=True))) for row in table]
+    else:
+        sign = "\t" if name == "a.tsv" else ","
+        shown = '"{}"'.format if sign == "," else str
+        lines = [sign.join(map(shown, row)) for row in [keys] * header + table]
+    content = "".join(line + "\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+
+    def result(read):
+        told = []
+        try:
+            return list(read(path, labelled=labelled, drop=lambda *r: told.append(r))), told
+        except InputError as error:
+            return str(error)
+
+    assert result(stream_rows) == result(read_rows)
+
+
+def test_a_stream_decides_columns_by_the_head(write):
+    """The keys of 100 objects; 1,000 rows where there is no header."""
+    lines = ['{"text": "x", "label": 0}'] * 100 + ['{"text": "y", "label": 0, "text2": "z"}']
+    path = write("a.jsonl", "\n".join(lines))
+    assert list(stream_rows(path))[-1].pair is None
+    with pytest.raises(InputError, match="got nothing"):  # of which a pair is asked in each row
+        read_rows(path)
+    path = write("a.tsv", "same\t0\n" * 1 + "".join(f"same\t{i % 2}\n" for i in range(1500)))
+    assert next(stream_rows(path)) == read_rows(path)[0]
+
+
+def test_a_stream_takes_no_more_than_it_gives(tmp_path):
+    """Memory does not grow with the file: of 20 MB of rows 4 MB at most are there at once."""
+    path = tmp_path / "a.tsv"
+    with path.open("w") as file:
+        file.write("text\tlabel\n")
+        file.writelines(f"{'x' * 2000} {i}\t{i}\n" for i in range(10_000))
+    tracemalloc.start()
+    rows = sum(1 for _ in stream_rows(path))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows == 10_000
+    assert peak < 4 << 20
+
+
+def test_two_streams_side_by_side(write):
+    """A field of 200,000 characters is read whichever ended first; the limit stays the caller's."""
+    limit = csv.field_size_limit()
+    a = write("a.csv", "text,label\nx,0\n")
+    b = write("b.csv", f"text,label\nx,0\n{'y' * 200_000},1\n")
+    first, second = stream_rows(a), stream_rows(b)
+    next(first), next(second)
+    assert csv.field_size_limit() == limit
+    assert list(first) == []
+    assert len(next(second).text) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "columns", "expected"),
+    [
+        ("a.csv", "ID,text,label\n7,x,0\n,y,1\n", Columns(), ["7", None]),
+        ("a.csv", "id,text,label\n7,x,0\n", Columns(id=""), [None]),
+        ("a.csv", "id,text,label,key\n7,x,0,k\n", Columns(id="key"), ["k"]),
+        ("a.csv", "id,label\nx,0\n", Columns(), [None]),  # it is the text
+        ("a.csv", "k,x,0\nl,y,1\n", Columns("2", id="1", label="3"), ["k", "l"]),
+        ("a.jsonl", '{"idx": 3, "text": "x", "label": 0}', Columns(), ["3"]),
+        ("a.jsonl", '{"idx": {"a": 1}, "text": "x", "label": 0}', Columns(), ['{"a": 1}']),
+    ],
+)
+def test_ids(write, name, content, columns, expected):
+    """A column that is called so, where it is nothing else."""
+    path = write(name, content)
+    assert [row.id for row in read_rows(path, columns)] == expected
+    assert_refused(read_rows, path, "a column 'zzz'", columns=Columns(id="zzz"))
+
+
+def test_a_column_that_cannot_be_read_is_no_label(write):
+    """Numbers are wanted: the text has fewer values, and is none."""
+    rows = "".join(f"text {i % 2}\t{i / 7}\n" for i in range(8))
+    assert read_rows(write("a.tsv", rows))[0].label == "text 0"
+    found = read_rows(write("a.tsv", rows), parse=number)
+    assert found[1] == Row("text 1", None, 1 / 7, 2)
+    with pytest.raises(InputError, match=r"looks like a header \['a', 'b'\]"):
+        read_rows(write("b.tsv", "a\tb\n" + rows), parse=number)
