@@ -1,7 +1,8 @@
 """From the settings of a run to everything that its first step needs: what can fail, fails here."""
 
+import math
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from .methods import format_rules
 from .ops import TABLES, Ops, ops_for
 from .scratch import make_tokenizer, random_model, read_new_config
 from .tasks import TASKS
-from .tasks.task import Task
+from .tasks.task import File, Setup, Task
 from .tokenizer import Tokenizer
-from .train import TrainState, compute_dtype
+from .train import TrainState, compute_dtype, total_steps
 from .weights import load_model, load_tokenizer, read_config
+
+FEW_STEPS, FEW_JUDGED, FEW_IN_EPOCH = 20, 20, 3  # of a run, validation rows, steps of an epoch
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class Job:
     examples: dict[str, Sequence[Example]]  # train, validation and, if there are any, test
     batches: Batches
     files: dict[str, str]  # path -> sha256
+    dropped: list[tuple[str, str]]  # rows that are left out: file:line, why
 
 
 def pick_device(name: str) -> torch.device:
@@ -95,6 +99,12 @@ def check_flags(run: RunConfig, config: TrainConfig) -> None:
         for f in fields(given):
             if f.name in known and f.name not in mine and getattr(given, f.name) != f.default:
                 raise InputError(f"--{f.name} is not read by --task {run.task}: leave it out")
+
+
+def files_of(run: RunConfig) -> dict[str, File]:
+    """The files of a run by part: train, validation and test, where there are such."""
+    paths = {"train": run.train_file, "validation": run.validation_file, "test": run.test_file}
+    return {part: File(run, part, path) for part, path in paths.items() if path}
 
 
 def find_source(run: RunConfig) -> Generator[Notice, None, Source]:
@@ -160,25 +170,28 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     ops = ops_for(device) if run.ops == "auto" else TABLES[run.ops]
     source = yield from find_source(run)
     kind = TASKS[run.task]
-    rows = yield from kind.read(run, config.seed)
+    files = files_of(run)
+    rows = yield from kind.read(files, config.seed)
     train, labels = rows["train"], kind.labels_of(rows["train"], run)
     texts = kind.texts(train)
     model, tokenizer = yield from load_parts(run, source, texts, labels, config.seed)
-    task = kind.of(run, config, model, tokenizer, train)
-    examples = yield from task.encode_all(run, rows, tokenizer)
+    task = kind.of(Setup(run, config, model, tokenizer), train)
+    examples = yield from task.encode_all(files, rows, tokenizer)
     check_metric(run.metric_for_best_model, task, model, examples["validation"], ops)
     yield from task.strange(rows, examples, tokenizer)
     model.to(device)
     state = TrainState.new(model, config, ops)
     yield Notice(format_rules(state.groups))
-    files = run.train_file, run.validation_file, run.test_file, run.config_name
+    paths = *(file.path for file in files.values()), run.config_name
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     vary = task.vary(examples["train"], config.seed)
-    batches = Batches(examples["train"], size, accumulation, config.seed, vary)
+    weights = task.sampling(examples["train"])
+    batches = Batches(examples["train"], size, accumulation, config.seed, vary, weights)
     buckets, slack = batches.buckets()
     yield Notice(
         f"batches of {buckets} different numbers of rows; {slack:.1%} of all rows are empty"
     )
+    yield from little(run, config, len(examples["validation"]), len(batches))
     return Job(
         run=run,
         config=config,
@@ -192,8 +205,29 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
         state=state,
         examples=examples,
         batches=batches,
-        files={file: fingerprint(file) for file in files if file},
+        files={path: fingerprint(path) for path in paths if path},
+        dropped=[lost for file in files.values() for lost in file.dropped],
     )
+
+
+def little(run: RunConfig, config: TrainConfig, judged: int, epoch: int) -> Iterator[Notice]:
+    """Says what goes wrong with few rows.
+
+    Args:
+        run, config: the settings.
+        judged: number of validation rows.
+        epoch: optimizer steps of an epoch.
+    """
+    steps = total_steps(config, epoch)
+    if steps < FEW_STEPS and not config.max_steps:  # else they are what is wanted
+        text = f"the run has {steps:,} optimizer step{'s' * (steps != 1)}"
+        yield Notice(f"{text}, too few to learn much: --max_steps 60 makes more")
+    if judged < FEW_JUDGED and TASKS[run.task].head != "lm":  # whose rows are many targets
+        text = f"metrics of {judged:,} validation row{'s' * (judged != 1)} say little"
+        yield Notice(f"{text}: give more by --validation_file")
+    if epoch < FEW_IN_EPOCH and steps >= FEW_STEPS and not run.eval_steps:
+        text = f"an epoch has {epoch} step{'s' * (epoch != 1)}: {math.ceil(steps / epoch):,}"
+        yield Notice(f"{text} evaluations and checkpoints; --eval_steps 20 makes fewer")
 
 
 def check_metric(
@@ -203,7 +237,7 @@ def check_metric(
     if not name:
         return
     outputs = task.outputs(model, examples[:1], torch.float32, ops_for(torch.device("cpu")))
-    known = task.metrics(outputs, examples[:1])
+    known = task.metrics(outputs)
     if name.removeprefix("eval_") not in known:
         raise InputError(
             f"metric_for_best_model {name!r} is unknown: expected one of {', '.join(known)}"

@@ -4,6 +4,7 @@ OUTPUT/
   config.json model.safetensors tokenizer.json tokenizer_config.json    the best model
   run.json          the configuration, versions, command, threads, data fingerprints
   metrics.jsonl     one event a line
+  dropped.jsonl     rows that could not be used, if there are any: file:line, and why
   checkpoint-N/     everything a resume needs
 """
 
@@ -26,7 +27,8 @@ import torch
 from .checkpoint import checkpoints, load_checkpoint, prune, save_checkpoint
 from .config import RunConfig, TrainConfig
 from .errors import InputError, Notice
-from .files import cannot_write, make_folder, read_json, remove_partial, write_json
+from .files import cannot_write, make_folder, read_json, remove_partial, write_file, write_json
+from .glue import as_named
 from .prepare import Job, prepare
 from .train import Diverged, Step, train
 from .weights import read_weights, save_model
@@ -34,13 +36,16 @@ from .weights import read_weights, save_model
 # What may change between a run and its continuation without changing a bit of the result.
 FREE = set(
     "output_dir resume_from_checkpoint overwrite_output_dir save_total_limit test_file device "
-    "threads graph gradient_checkpointing".split()
+    "threads graph gradient_checkpointing seeds".split()
 )
-SMALLER = ("loss", "perplexity", "bits_per_byte", "loss_per_character")  # is better
+SMALLER = (  # is better
+    *("loss", "perplexity", "bits_per_byte", "loss_per_character", "mse", "mae", "hamming_loss"),
+)
 LATE = {"cpu": 1, "cuda": 50}  # steps whose losses are read at once: on a GPU reading waits
 # What a run leaves in its folder besides checkpoints.
 OWN = (
-    "config.json model.safetensors tokenizer.json tokenizer_config.json run.json metrics.jsonl"
+    "config.json model.safetensors tokenizer.json tokenizer_config.json run.json metrics.jsonl "
+    "dropped.jsonl"
 ).split()
 
 
@@ -113,6 +118,40 @@ def find_checkpoint(run: RunConfig) -> Path | None:
     return None
 
 
+def check_given(run: RunConfig) -> None:
+    """Raises InputError when a model, rows to train on or a place for the output is missing."""
+    if bool(run.model_name_or_path) == bool(run.config_name):
+        raise InputError(
+            "expected --model_name_or_path, or --config_name for a model of random weights, got "
+            f"{'both' if run.config_name else 'none'}: see minift train --help"
+        )
+    for name in ("train_file", "output_dir"):
+        if not getattr(run, name):
+            raise InputError(f"expected --{name}: see minift train --help")
+
+
+def check_same(where: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises InputError when a run cannot go on as another, or be taken for it.
+
+    Args:
+        where: what is to be gone on from.
+        before, now: `run`, `config` and `files`, as in run.json.
+    """
+    differ = [
+        f"{name} was {before[part].get(name)!r}, is {value!r}"
+        for part in ("run", "config")
+        for name, value in now[part].items()
+        if name not in FREE and before[part].get(name) != value
+    ]
+    differ += [
+        f"{file} has changed"
+        for file, sha in before["files"].items()
+        if now["files"].get(file, sha) != sha
+    ]
+    if differ:
+        raise InputError(f"{where}: is of another run: {'; '.join(differ)}")
+
+
 class Run:
     """A job, its folder, and what it remembers."""
 
@@ -151,21 +190,12 @@ class Run:
             except OSError as error:
                 raise cannot_write(self.output, error) from None
             write_json(path, facts)
+            if self.job.dropped:
+                lines = (json.dumps({"row": row, "why": why}) for row, why in self.job.dropped)
+                write_file(self.output / "dropped.jsonl", "".join(f"{x}\n" for x in lines).encode())
             return
         before = read_json(path, ("run", "config", "files"))
-        differ = [
-            f"{name} was {before[part].get(name)!r}, is {value!r}"
-            for part in ("run", "config")
-            for name, value in facts[part].items()
-            if name not in FREE and before[part].get(name) != value
-        ]
-        differ += [
-            f"{file} has changed"
-            for file, sha in before["files"].items()
-            if self.job.files.get(file, sha) != sha
-        ]
-        if differ:
-            raise InputError(f"{self.resume_from}: is of another run: {'; '.join(differ)}")
+        check_same(self.resume_from, before, facts)
         saved = load_checkpoint(self.resume_from, self.job.model, self.job.state)
         self.progress = Progress(**saved["run"])
         remove_partial(self.output)
@@ -194,6 +224,11 @@ class Run:
             raise cannot_write(self.output / "metrics.jsonl", error) from None
         self.progress.log_bytes += len(line)
 
+    @property
+    def metric(self) -> str:
+        """What the best model is chosen by."""
+        return (self.run.metric_for_best_model or self.job.task.best).removeprefix("eval_")
+
     def outputs(self, part: str) -> np.ndarray:
         """What the model makes of the rows of train, validation or test."""
         job = self.job
@@ -202,10 +237,11 @@ class Run:
     def evaluate(self, step: Step) -> Evaluation:
         """Metrics of the validation rows; a better model than ever is written to OUTPUT."""
         start, job, progress = time.perf_counter(), self.job, self.progress
-        metrics = job.task.metrics(self.outputs("validation"), job.examples["validation"])
+        outputs = self.outputs("validation")
+        task = job.task.tuned(outputs)
+        metrics = task.metrics(outputs)
         seconds = time.perf_counter() - start
-        name = (self.run.metric_for_best_model or job.task.best).removeprefix("eval_")
-        value = metrics[name]
+        name, value = self.metric, metrics[self.metric]
         gain = -1e300 if value is None else -value if name in SMALLER else value
         gained = progress.best is None or gain > progress.best
         # Of two models that are as good, the surer one: small validation sets tie early.
@@ -217,6 +253,7 @@ class Run:
         events = {f"eval_{k}": v for k, v in metrics.items()}
         if best:
             progress.best, progress.best_step, progress.best_metrics = gain, step.index, events
+            job.model.config = task.noted(job.model.config)
             save_model(job.model, self.output)
             job.tokenizer.save(self.output)
         patience = self.run.early_stopping_patience
@@ -272,9 +309,13 @@ class Run:
         """The best model's numbers, on the test rows too."""
         job, progress = self.job, self.progress
         read_weights(job.model, self.output / "model.safetensors")
-        test = {}
+        task, table, test = job.task, "", {}
+        if task.tabled or task.tunes:
+            outputs = self.outputs("validation")
+            task = task.tuned(outputs)
+            table = task.table(outputs)
         if "test" in job.examples:
-            test = job.task.metrics(self.outputs("test"), job.examples["test"])
+            test = task.metrics(self.outputs("test"))
         epochs, seconds = job.state.step / len(job.batches), max(progress.seconds, 1e-9)
         tokens = sum(len(e.tokens) for e in job.examples["train"])
         summary = {
@@ -286,17 +327,15 @@ class Run:
             "train_samples_per_second": len(job.examples["train"]) * epochs / seconds,
             "epoch": epochs,
             "steps": job.state.step,
+            "best_metric": self.metric,
             "best_step": progress.best_step,
             "early_stopped": progress.stopped,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             "output_dir": str(self.output),
         }
         self.log({"step": job.state.step, **summary})
-        table = ""
-        if job.task.tabled:
-            table = job.task.table(self.outputs("validation"), job.examples["validation"])
         best = {k.removeprefix("eval_"): v for k, v in (progress.best_metrics or {}).items()}
-        return Finished(summary, table, job.task.verdict(best))
+        return Finished(summary, table, task.verdict(best))
 
 
 def fine_tune(
@@ -308,14 +347,10 @@ def fine_tune(
         InputError: something given is wrong; before the first step wherever it can be seen.
         Diverged: the loss is not finite; the message names the newest checkpoint.
     """
-    if bool(run.model_name_or_path) == bool(run.config_name):
-        raise InputError(
-            "expected --model_name_or_path, or --config_name for a model of random weights, got "
-            f"{'both' if run.config_name else 'none'}: see minift train --help"
-        )
-    for name in ("train_file", "output_dir"):
-        if not getattr(run, name):
-            raise InputError(f"expected --{name}: see minift train --help")
+    check_given(run)
+    run = as_named(run)
+    if run.seeds > 1:
+        raise InputError(f"expected seeds 1 of one run, got {run.seeds}: use fine_tune_seeds")
     resume_from = find_checkpoint(run)
     if run.resume_from_checkpoint and resume_from is None:
         yield Notice(f"{run.output_dir}: no checkpoint there, so this is a new run", loud=True)

@@ -19,9 +19,9 @@ from minift.tasks.classification import (
     Classification,
     label_names,
     log_softmax,
-    logits_of,
     predict,
 )
+from minift.tasks.texts import logits_of
 from minift.weights import load
 
 
@@ -39,32 +39,9 @@ def test_one_label_teaches_nothing():
         label_names(rows_of("spam", "spam"), "train.csv")
 
 
-def test_balanced_weights_are_scikit_learns():
-    from sklearn.utils.class_weight import compute_class_weight
-
-    labels = ["a"] * 7 + ["b"] * 2 + ["c"]
-    expected = compute_class_weight("balanced", classes=np.array(["a", "b", "c"]), y=labels)
-    weights = Classification.weights("balanced", ("a", "b", "c"), rows_of(*labels))
-    assert weights == pytest.approx(tuple(expected))
-
-
-def test_weights_by_name():
-    """In the order of the head, whatever the order of the flag; a label may hold '='."""
-    assert Classification.weights("x=y=2, a=0.5", ("a", "x=y"), []) == (0.5, 2.0)
-    assert Classification.weights("", ("a", "b"), []) is None
-
-
-@pytest.mark.parametrize(
-    "text", ["a=1", "a=1,b=0", "a=1,b=nan", "a=1,b=x", "a=1,b=1,c=1", "balance"]
-)
-def test_wrong_weights_say_what_was_expected(text):
-    with pytest.raises(InputError, match=r"expected class_weights 'balanced' or 'a=1,b=1'"):
-        Classification.weights(text, ("a", "b"), [])
-
-
 def test_unknown_label_is_named_with_file_and_line(tmp_path):
     _, tokenizer = load(tiny_model(tmp_path), ("a", "b"))
-    with pytest.raises(InputError, match=r"^dev\.csv:3: label 'c' is not among the trained ones"):
+    with pytest.raises(InputError, match=r"^dev\.csv:3: label 'c' is not among the known ones: c"):
         Classification(("a", "b")).encode(rows_of("a", "c"), tokenizer, "dev.csv")
 
 
@@ -106,11 +83,8 @@ def test_log_softmax_is_torchs(rows):
 
 
 def test_metrics_loss_is_the_mean():
-    logits = np.array([[2.0, 0.0], [0.0, 1.0], [3.0, 0.0]], np.float32)
-    examples = [Example([], [], t) for t in (0, 0, 0)]
-    metrics = Classification(("a", "b")).metrics(logits, examples)
-    expected = F.cross_entropy(torch.tensor(logits), torch.zeros(3, dtype=torch.int64)).item()
-    assert metrics["loss"] == pytest.approx(expected)
+    metrics = Classification(("a", "b")).metrics(np.array([[0, 0, 0.5], [0, 1, 2], [0, 0, 1]]))
+    assert metrics["loss"] == pytest.approx(3.5 / 3)
     assert metrics["accuracy"] == pytest.approx(2 / 3)
 
 

@@ -13,6 +13,7 @@ from minift.errors import InputError
 from minift.ops import IGNORE_INDEX, TORCH
 from minift.scratch import make_tokenizer, random_model
 from minift.tasks.instruct import Instruct, dialogues, split_by_prompt
+from minift.tasks.task import File
 
 SMALL = 'model_type = "gpt2"\nn_embd = 16\nn_layer = 2\nn_head = 2\nn_positions = 64\n'
 PROMPT, RESPONSE = "English: {en}\nChinese: ", "{zh}"
@@ -131,7 +132,7 @@ def test_what_is_too_long_is_counted(table, small):
 
     def encoded(limit, how="cut"):
         full.max_length = limit
-        said = Instruct().encode_file(RunConfig(overflow=how), "train", "f", rows, full)
+        said = Instruct().encode_file(File(RunConfig(overflow=how), "train", "f"), rows, full)
         notices = []
         while True:
             try:

@@ -118,12 +118,14 @@ def test_metrics_are_of_the_text():
     no text."""
     sizes = np.array([[0, 0], [3, 1], [2, 2]])
     examples = [Example(np.array([0, 1]), (), np.array([1, 2])), Example([0], (), np.array([0]))]
-    found = LanguageModel(sizes).metrics(np.array([[4.0, 2], [1.0, 1]]), examples)
+    counts = [LanguageModel(sizes).size_of(collate(examples, [i])) for i in range(2)]
+    assert counts == [(5, 3), (0, 0)]
+    found = LanguageModel(sizes).metrics(np.array([[4.0, 2, *counts[0]], [1.0, 1, *counts[1]]]))
     assert found["loss"] == pytest.approx(5 / 3)
     assert found["perplexity"] == pytest.approx(math.exp(5 / 3))
     assert found["bits_per_byte"] == pytest.approx(5 / math.log(2) / 5)
     assert found["loss_per_character"] == pytest.approx(5 / 3)
-    assert LanguageModel(sizes).metrics(np.array([[math.nan, 2]]), examples)["loss"] is None
+    assert LanguageModel(sizes).metrics(np.array([[math.nan, 2, 0, 0]]))["loss"] is None
 
 
 def test_evaluation_is_the_mean_over_all_tokens():
@@ -135,7 +137,7 @@ def test_evaluation_is_the_mean_over_all_tokens():
     batch = collate(blocks, range(len(blocks)))
     logits = model(batch).logits()
     want = torch.nn.functional.cross_entropy(logits, batch.targets)
-    assert task.metrics(outputs, blocks)["loss"] == pytest.approx(want.item(), rel=1e-5)
+    assert task.metrics(outputs)["loss"] == pytest.approx(want.item(), rel=1e-5)
 
 
 SMALL = ('model_type = "gpt2"\nn_embd = 16\nn_layer = 1\nn_head = 2\nn_positions = 16\n'
@@ -244,7 +246,7 @@ def test_another_model_configuration_is_another_run(train, tmp_path):
 def test_a_loss_that_is_not_finite_has_a_line():
     """And no number of 300 digits stands for a perplexity."""
     task = LanguageModel()
-    assert task.metrics(np.array([[0.0, 0.0]]), [])["loss"] is None
+    assert task.metrics(np.zeros((1, 4)))["loss"] is None
     assert task.headline({"loss": None, "perplexity": None}) == "loss not finite"
     assert len(task.headline({"loss": 600.0, "perplexity": math.exp(600)})) < 60
 

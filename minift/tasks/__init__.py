@@ -4,5 +4,15 @@ from .classification import Classification
 from .instruct import Instruct
 from .language import LanguageModel
 from .masked import MaskedWords
+from .multilabel import MultiLabel
+from .qa import QuestionAnswering
+from .regression import Regression
+from .tagging import Tagging
 
-TASKS = {task.name: task for task in (Classification, LanguageModel, Instruct, MaskedWords)}
+TASKS = {
+    task.name: task
+    for task in (
+        *(Classification, MultiLabel, Regression, Tagging, QuestionAnswering),
+        *(LanguageModel, Instruct, MaskedWords),
+    )
+}

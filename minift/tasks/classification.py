@@ -1,28 +1,25 @@
 """Classification: rows of text, or pairs, to one label each."""
 
-import functools
-import re
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch, Example, evaluation_batches
-from ..config import RunConfig, TrainConfig
-from ..data import Columns, Row, read_rows
+from ..balance import by_frequency, imbalance, label_weights, row_weights
+from ..batch import Batch, Example
+from ..config import RunConfig
+from ..data import Row
 from ..errors import InputError, Notice
 from ..metrics import classification_metrics, format_confusion
-from ..ops import Ops, TargetReport, ops_for
-from ..readers import show
-from ..splits import stratified_split, with_texts
-from ..tokenizer import BLOCK, Tokenizer
-from .task import Parts, Said, Task, both_sides, left_out, overflow
+from ..ops import IGNORE_INDEX, Ops, TargetReport
+from ..splits import stratified_split
+from ..tokenizer import Tokenizer
+from .task import Parts, Setup
+from .texts import TextTask, commonest, declared, in_order, logits_of, uploaded
 
 
 def label_names(rows: Sequence[Row], path: str | Path = "training rows") -> tuple[str, ...]:
@@ -31,40 +28,32 @@ def label_names(rows: Sequence[Row], path: str | Path = "training rows") -> tupl
     Raises:
         InputError: there are fewer than two.
     """
-    labels = {row.label for row in rows}
+    labels = in_order(row.label for row in rows)
     if len(labels) < 2:
-        raise InputError(f"{path}: expected two labels or more, every row says {labels.pop()!r}")
-    if all(re.fullmatch("-?[0-9]{1,18}", label) for label in labels):
-        return tuple(sorted(labels, key=lambda label: (int(label), label)))
-    return tuple(sorted(labels))
+        raise InputError(f"{path}: expected two labels or more, every row says {labels[0]!r}")
+    return labels
 
 
 @dataclass(frozen=True)
-class Classification(Task):
+class Classification(TextTask):
     """What the labels are and how the loss counts them."""
 
     name: ClassVar = "classification"
-    head: ClassVar = "classifier"
     flags: ClassVar = (
-        *("text_column", "pair_column", "label_column"),
-        *("class_weights", "label_smoothing_factor", "overflow"),
+        *(*TextTask.flags, "labels", "class_weights", "sampling_weights"),
+        "label_smoothing_factor",
     )
     best: ClassVar = "accuracy"
     tabled: ClassVar = True
-    scales: ClassVar = False
 
-    labels: tuple[str, ...]
     class_weights: tuple[float, ...] | None = None  # one a label; None: all 1
     label_smoothing: float = 0.0
+    sampling_weights: tuple[float, ...] | None = None  # one a label; None: each row once an epoch
 
-    @classmethod
-    def read_file(cls, run: RunConfig, part: str, path: str) -> Said:
-        """Rows with a text; says how many have none. See `Task.read_file`."""
-        columns = run.text_column or None, run.pair_column or None, run.label_column or None
-        rows, blank = with_texts(read_rows(path, Columns(*columns)))
-        if text := left_out(blank, rows, path):
-            yield Notice(f"{part}: {text}", loud=True)
-        return rows
+    @staticmethod
+    def names(answer: str) -> tuple[str, ...]:
+        """See `TextTask.names`."""
+        return (answer,)
 
     @classmethod
     def split(
@@ -83,121 +72,46 @@ class Classification(Task):
         return train, validation, f"{how}, are kept for validation"
 
     @classmethod
-    def found(cls, rows: Parts) -> Notice:
-        """Counts, labels, the first row as it was understood."""
-        counts = ", ".join(f"{part} {len(rows[part]):,}" for part in rows)
-        first = rows["train"][0]
-        often = Counter(row.label for row in rows["train"]).most_common()
-        shown = ", ".join(f"{name} {n:,}" for name, n in often[:8]) + (", ..." if often[8:] else "")
-        kind, texts = "texts", show(first.text)
-        if first.pair is not None:
-            kind, texts = "pairs of texts", f"{texts} and {show(first.pair)}"
-        return Notice(
-            f"rows: {counts}; {kind}; {len(often)} labels\n"
-            f"  labels     {shown}\n  first row  {texts}: {first.label}"
-        )
-
-    @classmethod
-    def texts(cls, rows: Sequence[Row]) -> Iterable[str]:
-        """See `Task.texts`."""
-        return [text for row in rows for text in (row.text, row.pair) if text]
+    def spread(cls, rows: Sequence[Row]) -> tuple[str, str]:
+        """See `TextTask.spread`."""
+        labels = [row.label for row in rows]
+        return f"{len(set(labels))} labels", commonest(labels)
 
     @classmethod
     def labels_of(cls, rows: Sequence[Row], run: RunConfig) -> tuple[str, ...]:
-        """See `label_names`."""
-        return label_names(rows, run.train_file)
+        """Those that are declared, or else stand in the rows: see `label_names`."""
+        if not run.labels:
+            return label_names(rows, run.train_file)
+        labels = declared(run.labels)
+        if len(labels) < 2:
+            raise InputError(f"expected two labels or more in --labels, got {run.labels!r}")
+        return labels
 
     @classmethod
-    def of(
-        cls,
-        run: RunConfig,
-        config: TrainConfig,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        rows: Sequence[Row],
-    ) -> "Classification":
+    def of(cls, setup: Setup, rows: Sequence[Row]) -> "Classification":
         """See `Task.of`."""
-        labels = model.config.labels
-        model.config = replace(model.config, pairs=rows[0].pair is not None)
-        weights = cls.weights(run.class_weights, labels, rows)
-        return cls(labels, weights, config.label_smoothing_factor)
+        labels, run = cls.note(setup, rows), setup.run
+        found = [row.label for row in rows]
+        counted, drawn = (
+            label_weights(flag, getattr(run, flag), labels, lambda: by_frequency(labels, found))
+            for flag in ("class_weights", "sampling_weights")
+        )
+        smoothing, augmenter = setup.config.label_smoothing_factor, setup.augmenter()
+        return cls(labels, counted, smoothing, drawn, augmenter=augmenter)
 
-    def encode_file(
-        self, run: RunConfig, part: str, path: str, rows: Sequence[Row], tokenizer: Tokenizer
-    ) -> Said:
-        """Says how many texts were cut. See `Task.encode_file`."""
-        examples = self.encode(rows, tokenizer, path)
-        if text := overflow(run.overflow, rows, examples, tokenizer, path):
-            yield Notice(f"{part}: {text}", loud=True)
-        return examples
+    @classmethod
+    def trained(cls, setup: Setup) -> "Classification":
+        """See `Task.trained`."""
+        return cls(setup.model.config.labels)
 
-    @staticmethod
-    def weights(
-        text: str, labels: tuple[str, ...], rows: Sequence[Row]
-    ) -> tuple[float, ...] | None:
-        """Class weights from a flag.
+    def sampling(self, examples: Sequence[Example]) -> np.ndarray | None:
+        """By label. See `Task.sampling`."""
+        return row_weights(self.sampling_weights, [example.target for example in examples])
 
-        Args:
-            text: '' for none; 'balanced': rows / (labels * rows of the label), as scikit-learn
-                has it; or 'name=number,...' for every label.
-            labels: in the order of the head.
-            rows: the training rows.
-
-        Raises:
-            InputError: a label is unknown or left out, or a number is not above 0.
-        """
-        if not text:
-            return None
-        if text == "balanced":
-            count = {label: 0 for label in labels}
-            for row in rows:
-                count[row.label] += 1
-            return tuple(len(rows) / (len(labels) * max(1, count[label])) for label in labels)
-        given = dict(part.rpartition("=")[::2] for part in text.split(","))
-        try:
-            weights = {name.strip(): float(value) for name, value in given.items()}
-        except ValueError:
-            weights = {}
-        if set(weights) != set(labels) or not all(0 < w < 1e9 for w in weights.values()):
-            example = ",".join(f"{label}=1" for label in labels[:3])
-            raise InputError(f"expected class_weights 'balanced' or {example!r}..., got {text!r}")
-        return tuple(weights[label] for label in labels)
-
-    def encode(
-        self, rows: Sequence[Row], tokenizer: Tokenizer, path: str | Path = "rows"
-    ) -> list[Example]:
-        """Rows to examples; too long texts are cut at the tokenizer's `max_length`.
-
-        Args:
-            rows: a row whose label is None has no target.
-            tokenizer: of the model.
-            path: named in errors.
-
-        Raises:
-            InputError: a label is not among `labels`, or a row with one text stands among pairs.
-        """
+    def targets(self, rows: Sequence[Row]) -> list[int]:
+        """The number of each row's label."""
         number = {label: i for i, label in enumerate(self.labels)}
-        paired = bool(rows) and rows[0].pair is not None
-        for row in rows:
-            if row.label is not None and row.label not in number:
-                known = ", ".join(map(repr, self.labels[:8])) + (", ..." if len(number) > 8 else "")
-                raise InputError(
-                    f"{row.file or path}:{row.line}: label {row.label!r} is not among the "
-                    f"trained ones ({known}): correct it or add it to the training rows"
-                )
-            if (row.pair is not None) != paired:
-                where = f"{row.file or path}:{row.line}"
-                raise InputError(f"{where}: expected {1 + paired} texts as in other rows")
-        examples = []
-        for i in range(0, len(rows), BLOCK):
-            block = rows[i : i + BLOCK]
-            pairs = [row.pair for row in block] if paired else None
-            encoded = tokenizer.encode([row.text for row in block], pairs)
-            for (ids, types, cut), row in zip(encoded, block, strict=True):
-                target = -100 if row.label is None else number[row.label]
-                # Arrays: a list of ints takes ten times the memory, and rows may be millions.
-                examples.append(Example(array("i", ids), array("b", types), target, cut))
-        return examples
+        return [IGNORE_INDEX if row.label is None else number[row.label] for row in rows]
 
     def loss(
         self,
@@ -207,7 +121,7 @@ class Classification(Task):
         report: TargetReport | None = None,
     ) -> Tensor:
         """See `Task.loss`."""
-        weight = self.class_weights and _uploaded(self.class_weights, logits.device)
+        weight = self.class_weights and uploaded(self.class_weights, logits.device)
         smoothing = self.label_smoothing
         losses = ops.cross_entropy(logits, batch.targets, weight, smoothing, report=report)
         return losses.sum()
@@ -221,33 +135,44 @@ class Classification(Task):
             else sum(self.class_weights[t] for t in targets)
         )
 
-    def metrics(self, logits: np.ndarray, examples: Sequence[Example]) -> dict[str, float | None]:
-        """Loss (unweighted, unsmoothed) and all of `classification_metrics`.
-
-        Args:
-            logits: (N, labels), in the order of `examples`, which all have targets.
-        """
-        target = np.array([e.target for e in examples])
-        scores = log_softmax(logits)
-        loss = float(-scores[np.arange(len(target)), target].mean())
-        measured = classification_metrics(target, logits.argmax(-1), len(self.labels), self.labels)
-        return {"loss": loss if np.isfinite(loss) else None, **measured}
-
     def outputs(
         self, model: nn.Module, examples: Sequence[Example], dtype: torch.dtype, ops: Ops | None
     ) -> np.ndarray:
-        """See `logits_of`."""
-        return logits_of(model, examples, dtype, ops)
+        """(N, 3) of examples that all have targets: target, what the model says, the loss in nats
+        (unweighted, unsmoothed)."""
+        logits = logits_of(model, examples, dtype, ops)
+        target = np.array([e.target for e in examples])
+        losses = -log_softmax(logits)[np.arange(len(target)), target]
+        return np.stack([target, logits.argmax(-1), losses], -1)
+
+    def metrics(self, outputs: np.ndarray) -> dict[str, float | None]:
+        """loss, and all of `classification_metrics`."""
+        target, predicted = outputs[:, :2].T.astype(np.int64)
+        loss = float(outputs[:, 2].mean())
+        measured = classification_metrics(target, predicted, len(self.labels), self.labels)
+        return {"loss": loss if np.isfinite(loss) else None, **measured}
+
+    def answer(self, logits: np.ndarray, top_k: int) -> dict[str, Any]:
+        """label, score (its probability), scores of all labels, or of the `top_k` likeliest where
+        there are more."""
+        scores, labels = np.exp(log_softmax(logits)), self.labels
+        best, shown = int(scores.argmax()), range(len(labels))
+        if 0 < top_k < len(labels):
+            shown = np.argsort(-scores, kind="stable")[:top_k]
+        return {
+            "label": labels[best],
+            "score": round(float(scores[best]), 6),
+            "scores": {labels[i]: round(float(scores[i]), 6) for i in shown},
+        }
 
     def headline(self, metrics: dict[str, float | None]) -> str:
         """See `Task.headline`."""
         loss = "not finite" if metrics["loss"] is None else f"{metrics['loss']:.4f}"
         return f"loss {loss}  accuracy {metrics['accuracy']:.4f}  f1 {metrics['f1']:.4f}"
 
-    def table(self, outputs: np.ndarray, examples: Sequence[Example]) -> str:
+    def table(self, outputs: np.ndarray) -> str:
         """The confusion table."""
-        target = np.array([e.target for e in examples])
-        return format_confusion(target, outputs.argmax(-1), self.labels)
+        return format_confusion(*outputs[:, :2].T.astype(np.int64), self.labels)
 
     def verdict(self, metrics: dict[str, float | None]) -> str:
         """Warns when a model is no better than always answering the commonest label."""
@@ -261,20 +186,10 @@ class Classification(Task):
         )
 
     def strange(self, rows: Parts, examples: Parts, tokenizer: Tokenizer) -> Iterator[Notice]:
-        """Labels that look alike, rows on both sides, unknown words."""
-        alike = Counter(label.casefold() for label in self.labels)
-        if twice := [label for label in self.labels if alike[label.casefold()] > 1]:
-            yield Notice(f"labels that differ only in case: {', '.join(twice[:8])}", loud=True)
-        yield from both_sides(rows)
+        """An imbalance of the labels, too. See `TextTask.strange`."""
+        found = [row.label for row in rows["train"]]
+        yield from imbalance(found, self.class_weights, self.sampling_weights)
         yield from super().strange(rows, examples, tokenizer)
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _uploaded(class_weights: tuple[float, ...], device: torch.device) -> Tensor:
-    """(labels,) fp32, the same tensor in every step, captured ones too: each upload would wait for
-    the device."""
-    return torch.tensor(class_weights, device=device)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -284,22 +199,6 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-@torch.no_grad()
-def logits_of(
-    model: nn.Module,
-    examples: Sequence[Example],
-    dtype: torch.dtype = torch.float32,
-    ops: Ops | None = None,
-) -> np.ndarray:
-    """(N, labels) float32, in the order of `examples`; nothing is dropped."""
-    device = next(model.parameters()).device
-    ops = ops or ops_for(device)
-    out = np.empty((len(examples), len(model.config.labels)), np.float32)
-    for batch in evaluation_batches(examples):
-        out[list(batch.rows)] = model(batch.to(device), ops, dtype).float().cpu().numpy()
-    return out
-
-
 def predict(
     model: nn.Module,
     tokenizer: Tokenizer,
@@ -307,23 +206,6 @@ def predict(
     dtype: torch.dtype = torch.float32,
     top_k: int = 0,
 ) -> Iterator[dict]:
-    """For each row, in order: text, (pair), label, score (its probability), scores of all labels,
-    or of the `top_k` likeliest where there are more; and `cut`, if the text was too long."""
-    labels = model.config.labels
-    examples = Classification(labels).encode(
-        [Row(r.text, r.pair, None, r.line, r.file) for r in rows], tokenizer
-    )
-    logits = logits_of(model, examples, dtype)
-    for row, example, scores in zip(rows, examples, np.exp(log_softmax(logits)), strict=True):
-        best = int(scores.argmax())
-        shown = range(len(labels))
-        if 0 < top_k < len(labels):
-            shown = np.argsort(-scores, kind="stable")[:top_k]
-        yield {
-            "text": row.text,
-            **({"pair": row.pair} if row.pair is not None else {}),
-            "label": labels[best],
-            "score": round(float(scores[best]), 6),
-            "scores": {labels[i]: round(float(scores[i]), 6) for i in shown},
-            **({"cut": True} if example.cut else {}),
-        }
+    """What a classifier makes of each row, in order: see `TextTask.predict` and
+    `Classification.answer`."""
+    return Classification(model.config.labels).predict(model, tokenizer, rows, dtype, top_k)

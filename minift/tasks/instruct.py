@@ -9,14 +9,12 @@ assistant is a response. Only rows with a target are multiplied with the vocabul
 
 import random
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from torch import nn
-
 from ..batch import Example
-from ..config import ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, RunConfig
 from ..data import END_OF_TEXT
 from ..errors import InputError, Notice
 from ..ops import IGNORE_INDEX
@@ -25,7 +23,7 @@ from ..records import Record, read_records
 from ..templates import Template
 from ..tokenizer import BLOCK, Tokenizer
 from .language import TokenTask
-from .task import Parts, Said
+from .task import File, Parts, Said, Setup
 
 CHAT = "user: {prompt}\nassistant:", " {response}"  # what one turn of a chat looks like
 Dialogue = tuple[tuple[str, bool], ...]  # texts, and which of them are responses
@@ -75,13 +73,23 @@ class Instruct(TokenTask):
             raise InputError("--task instruct wants a model that writes, such as gpt2")
 
     @classmethod
-    def read_file(cls, run: RunConfig, part: str, path: str) -> Said:
+    def read_file(cls, file: File) -> Said:
         """Dialogues; says how many have no response. See `Task.read_file`."""
-        rows, blank = dialogues(path, run.prompt_template, run.response_template)
+        run = file.run
+        rows, blank = dialogues(file.path, run.prompt_template, run.response_template)
         if blank:
             what = "1 record is" if blank == 1 else f"{blank:,} records are"
-            yield Notice(f"{part}: {what} left out for having no response", loud=True)
+            yield Notice(f"{file.part}: {what} left out for having no response", loud=True)
         return rows
+
+    @classmethod
+    def blocks(cls, file: File, labelled: bool = True) -> Iterator[list[Turns]]:
+        """The whole file at once: records with the same prompt are references of one answer.
+        See `Task.blocks`."""
+        run = file.run
+        rows, blank = dialogues(file.path, run.prompt_template, run.response_template)
+        file.dropped.extend([(file.path, "have no response")] * blank)
+        yield rows
 
     @classmethod
     def split(
@@ -110,33 +118,30 @@ class Instruct(TokenTask):
         return ["".join(text for text, _ in row.parts) for row in rows]
 
     @classmethod
-    def of(
-        cls,
-        run: RunConfig,
-        config: TrainConfig,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        rows: Sequence[Turns],
-    ) -> "Instruct":
+    def of(cls, setup: Setup, rows: Sequence[Turns]) -> "Instruct":
         """See `Task.of`."""
+        run, model = setup.run, setup.model
         chat = all(row.chat for row in rows)
         templates = CHAT if chat else (run.prompt_template, run.response_template)
         model.config = replace(model.config, task=cls.name, template=templates)
         return cls()
 
-    def encode_file(
-        self, run: RunConfig, part: str, path: str, rows: Sequence[Turns], tokenizer: Tokenizer
-    ) -> Said:
+    @classmethod
+    def trained(cls, setup: Setup) -> "Instruct":
+        """See `Task.trained`."""
+        return cls()
+
+    def encode_file(self, file: File, rows: Sequence[Turns], tokenizer: Tokenizer) -> Said:
         """Says how many are cut, and how many have no response left. See `Task.encode_file`."""
         limit, found = tokenizer.max_length, self.encode(rows, tokenizer)
         examples = [e for e in found if any(t != IGNORE_INDEX for t in e.target)]
         empty, cut = len(found) - len(examples), sum(e.cut for e in examples)
         if not examples:
             raise InputError(
-                f"{path}: every prompt fills {limit} tokens, so no response is left: raise "
+                f"{file.path}: every prompt fills {limit} tokens, so no response is left: raise "
                 "--max_seq_length"
             )
-        if (empty or cut) and run.overflow == "error":
+        if (empty or cut) and file.run.overflow == "error":
             where = next(row for row, e in zip(rows, found, strict=True) if e.cut)
             raise InputError(
                 f"{where.file}:{where.line}: longer than {limit} tokens, as {empty + cut:,} of "
@@ -145,7 +150,7 @@ class Instruct(TokenTask):
         for count, what in ((cut, "cut there"), (empty, "left out: no response is left")):
             if count:
                 text = f"{count:,} of {len(found):,} records are longer than {limit} tokens and"
-                yield Notice(f"{part}: {text} {what}", loud=True)
+                yield Notice(f"{file.part}: {text} {what}", loud=True)
         return examples
 
     def encode(self, rows: Sequence[Turns], tokenizer: Tokenizer) -> list[Example]:

@@ -19,7 +19,7 @@ from tokenizers import decoders
 from torch import Tensor, nn
 
 from ..batch import Batch, Example, evaluation_batches
-from ..config import ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig, RunConfig
 from ..data import Row, read_documents
 from ..errors import InputError, Notice
 from ..layers import Projected
@@ -27,17 +27,23 @@ from ..ops import IGNORE_INDEX, Ops, TargetReport, ops_for
 from ..readers import show
 from ..splits import split_texts
 from ..tokenizer import BLOCK, Tokenizer
-from .task import Parts, Said, Task, both_sides
+from .task import File, Parts, Said, Setup, Task, both_sides
 
 
 class TokenTask(Task):
     """Tokens are predicted; the logits are multiplied out by the loss. The rows are documents."""
 
     @classmethod
-    def read_file(cls, run: RunConfig, part: str, path: str) -> Said:
+    def read_file(cls, file: File) -> Said:
         """Running text, see `read_documents`."""
         yield from ()
-        return read_documents(path, run.text_column or None)
+        return read_documents(file.path, file.run.text_column or None)
+
+    @classmethod
+    def blocks(cls, file: File, labelled: bool = True) -> Iterator[list[Row]]:
+        """The whole file at once: what is predicted runs over the ends of documents, and which
+        words are masked is a function of their place in all of it. See `Task.blocks`."""
+        yield read_documents(file.path, file.run.text_column or None)
 
     @classmethod
     def split(
@@ -87,18 +93,23 @@ class TokenTask(Task):
     def outputs(
         self, model: nn.Module, examples: Sequence[Example], dtype: torch.dtype, ops: Ops | None
     ) -> np.ndarray:
-        """(batches, 2): the sum of the losses in nats, and how many there are."""
+        """(batches, 4): the sum of the losses in nats, and how many there are; of the tokens that
+        are predicted the bytes and characters, where that is known."""
         device = next(model.parameters()).device
         ops, sums = ops or ops_for(device), []
         for batch in evaluation_batches(examples):
             moved = batch.to(device)
             total = self.loss(model(moved, ops, dtype), moved, ops)
-            sums.append((float(total), self.weight(batch)))
-        return np.array(sums, np.float64).reshape(-1, 2)
+            sums.append((float(total), self.weight(batch), *self.size_of(batch)))
+        return np.array(sums, np.float64).reshape(-1, 4)
 
-    def metrics(self, outputs: np.ndarray, examples: Sequence[Example]) -> dict[str, float | None]:
+    def size_of(self, batch: Batch) -> tuple[float, float]:
+        """Bytes and characters of the predicted tokens; 0: not known."""
+        return 0, 0
+
+    def metrics(self, outputs: np.ndarray) -> dict[str, float | None]:
         """loss, in nats a token, and perplexity."""
-        nats, count = outputs.sum(0)
+        nats, count, *_ = outputs.sum(0)
         loss = nats / count if count else math.nan
         if not math.isfinite(loss):
             return {"loss": None, "perplexity": None}
@@ -133,25 +144,21 @@ class LanguageModel(TokenTask):
             raise InputError("--task lm wants a model that reads forwards, as gpt2: try --task mlm")
 
     @classmethod
-    def of(
-        cls,
-        run: RunConfig,
-        config: TrainConfig,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        rows: Sequence[Row],
-    ) -> "LanguageModel":
+    def of(cls, setup: Setup, rows: Sequence[Row]) -> "LanguageModel":
         """See `Task.of`."""
-        model.config = replace(model.config, task=cls.name, template=None)
-        return cls(sizes_of_tokens(tokenizer), tokenizer.max_length)
+        setup.model.config = replace(setup.model.config, task=cls.name, template=None)
+        return cls.trained(setup)
 
-    def encode_file(
-        self, run: RunConfig, part: str, path: str, rows: Sequence[Row], tokenizer: Tokenizer
-    ) -> Said:
+    @classmethod
+    def trained(cls, setup: Setup) -> "LanguageModel":
+        """See `Task.trained`."""
+        return cls(sizes_of_tokens(setup.tokenizer), setup.tokenizer.max_length)
+
+    def encode_file(self, file: File, rows: Sequence[Row], tokenizer: Tokenizer) -> Said:
         """Blocks; says how many tokens there are. See `Task.encode_file`."""
         blocks = self.encode(rows, tokenizer)
         tokens = sum(len(block.tokens) for block in blocks)
-        yield Notice(f"{part}: {tokens:,} tokens in blocks of {self.size}")
+        yield Notice(f"{file.part}: {tokens:,} tokens in blocks of {self.size}")
         return blocks
 
     def encode(self, rows: Sequence[Row], tokenizer: Tokenizer) -> "Blocks":
@@ -175,13 +182,20 @@ class LanguageModel(TokenTask):
 
         return of
 
-    def metrics(self, outputs: np.ndarray, examples: Sequence[Example]) -> dict[str, float | None]:
+    def size_of(self, batch: Batch) -> tuple[float, float]:
+        """See `TokenTask.size_of`."""
+        if self.sizes is None:
+            return 0, 0
+        targets = batch.targets.numpy()
+        return tuple(self.sizes[targets[targets != IGNORE_INDEX]].sum(0))
+
+    def metrics(self, outputs: np.ndarray) -> dict[str, float | None]:
         """Besides loss and perplexity, of tokens made of bytes: bits_per_byte and
         loss_per_character (nats), of the text; the ends of documents count as loss alone."""
-        measured = super().metrics(outputs, examples)
+        measured = super().metrics(outputs)
         if self.sizes is None:
             return measured
-        size = sum((self.sizes[e.target].sum(0) for e in examples), np.zeros(2))
+        size = outputs[:, 2:].sum(0)
         nats = outputs[:, 0].sum() if measured["loss"] is not None else math.nan
         bits, each = nats / math.log(2) / max(size[0], 1), nats / max(size[1], 1)
         found = {"bits_per_byte": bits, "loss_per_character": each}

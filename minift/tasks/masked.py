@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
-from torch import nn
 
 from ..batch import Example
-from ..config import ModelConfig, RunConfig, TrainConfig
+from ..config import ModelConfig
 from ..data import Row
 from ..errors import InputError, Notice
 from ..ops import IGNORE_INDEX
 from ..tokenizer import BLOCK, Tokenizer
 from .language import TokenTask
-from .task import Said
+from .task import File, Said, Setup
 
 MASKED, OTHER = 0.8, 0.1  # shares of the tokens with a target
 
@@ -46,35 +45,32 @@ class MaskedWords(TokenTask):
             raise InputError("--task mlm wants a model that reads both ways: try --task lm")
 
     @classmethod
-    def of(
-        cls,
-        run: RunConfig,
-        config: TrainConfig,
-        model: nn.Module,
-        tokenizer: Tokenizer,
-        rows: Sequence[Row],
-    ) -> "MaskedWords":
+    def of(cls, setup: Setup, rows: Sequence[Row]) -> "MaskedWords":
         """See `Task.of`."""
+        setup.model.config = replace(setup.model.config, task=cls.name, template=None)
+        return cls.trained(setup)
+
+    @classmethod
+    def trained(cls, setup: Setup) -> "MaskedWords":
+        """See `Task.trained`."""
+        tokenizer = setup.tokenizer
         mask = tokenizer.backend.token_to_id(tokenizer.special["mask"])
         if mask is None:
             name = tokenizer.special["mask"]
             raise InputError(f"--task mlm: the vocabulary has no {name}: choose another tokenizer")
-        model.config = replace(model.config, task=cls.name, template=None)
-        return cls(mask, tokenizer.vocab_size, run.mlm_probability, config.seed)
+        return cls(mask, tokenizer.vocab_size, setup.run.mlm_probability, setup.config.seed)
 
-    def encode_file(
-        self, run: RunConfig, part: str, path: str, rows: Sequence[Row], tokenizer: Tokenizer
-    ) -> Said:
+    def encode_file(self, file: File, rows: Sequence[Row], tokenizer: Tokenizer) -> Said:
         """Pieces, masked as in an epoch before the first. See `Task.encode_file`."""
         pieces = self.encode(rows, tokenizer)
         tokens = sum(len(piece.tokens) for piece in pieces)
         yield Notice(
-            f"{part}: {tokens:,} tokens in pieces of at most {tokenizer.max_length}, "
+            f"{file.part}: {tokens:,} tokens in pieces of at most {tokenizer.max_length}, "
             f"{self.probability:.0%} of them to be found"
         )
         masked = Masked(pieces, self, 0)
         if not any((example.target != IGNORE_INDEX).any() for example in masked):
-            raise InputError(f"{path}: too short, no word of it is masked: give more text")
+            raise InputError(f"{file.path}: too short, no word of it is masked: give more text")
         return masked
 
     def encode(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[Example]:
