@@ -100,7 +100,8 @@ def test_train_learns_and_says_so(train, tmp_path):
         *("eval_loss", "eval_n", "eval_accuracy", "eval_majority_accuracy", "eval_mcc", "eval_f1"),
         *("eval_precision", "eval_recall", "eval_f1_macro", "eval_f1_micro", "eval_f1/pos"),
         *("train_loss", "train_runtime", "train_tokens_per_second", "train_samples_per_second"),
-        *("epoch", "steps", "best_step", "early_stopped", "peak_rss_mib", "output_dir"),
+        *("epoch", "steps", "best_metric", "best_step", "early_stopped", "peak_rss_mib"),
+        "output_dir",
     } <= set(summary)
     assert (summary["steps"], summary["epoch"]) == (50, 5)
     assert summary["output_dir"] == str(tmp_path / "out")
@@ -277,7 +278,7 @@ def test_bytes_that_are_no_utf8_as_an_argument(capsys, trained):
 @pytest.mark.parametrize(
     ("limit", "message"),
     [
-        (-1, "expected max_seq_length 5 or more, got -1"),
+        (-1, "expected max_seq_length >= 0, got -1"),
         (4, "expected max_seq_length 5 or more, got 4"),
         (33, "max_seq_length 33 is more than the model's 32 positions"),
     ],
@@ -720,15 +721,16 @@ def test_texts_that_predict_cuts_are_marked_and_counted(capsys, trained):
 
 def test_eval_counts_what_it_cuts_and_leaves_out(capsys, trained, tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text(f"text,label\ngood film,pos\n{LONG},pos\n ,neg\n")
+    path.write_text(f"text,label\n ,neg\n{LONG},pos\n" + "good film,pos\n" * 99)
     words = ("eval", "--model", trained, "--data", path, "--max_seq_length", 7)
+    words += ("--max_dropped", 0.5)
     result = call(capsys, *words)
-    assert f"WARNING: {path}: 1 of 2 texts are longer than 7 tokens" in result.err
-    assert f"1 row is left out for having no text, the first at {path}:4" in result.err
-    assert result.summary["eval_n"] == 2
+    assert f"WARNING: {path}: 1 of 100 texts are longer than 7 tokens" in result.err
+    assert f"1 of 101 rows cannot be used: 1 no text ({path}:2); they are left out" in result.err
+    assert result.summary["eval_n"] == 100
     result = call(capsys, *words, "--overflow", "error", "--quiet")
     assert (result.status, result.out) == (2, "")
-    assert f"{path}:3: longer than 7 tokens, as 1 of 2 texts are" in result.err
+    assert f"{path}:3: longer than 7 tokens, as 1 of 100 texts are" in result.err
 
 
 def test_of_many_labels_the_likeliest_are_shown(capsys, model, tmp_path):
