@@ -9,15 +9,22 @@ from .generate import generate
 from .ops import TORCH, TRITON
 from .run import fine_tune
 from .sampling import GenerateConfig
+from .search import SearchConfig, search
 from .splits import overlap, stratified_split, with_texts
 from .stream_text import generate_text, stream_text
-from .tasks.classification import Classification, label_names, logits_of, predict
+from .tasks.classification import Classification, label_names, predict
 from .tasks.instruct import Instruct
 from .tasks.language import LanguageModel
 from .tasks.masked import MaskedWords
+from .tasks.multilabel import MultiLabel
+from .tasks.qa import QuestionAnswering
+from .tasks.regression import Regression
+from .tasks.tagging import Tagging
+from .tasks.texts import logits_of
 from .text_metrics import text_metrics
 from .tokenizer import Tokenizer
 from .train import Diverged, Step, TrainState, train
+from .trials import fine_tune_seeds
 from .weights import load, load_model, save, save_model
 
 __all__ = [
@@ -34,14 +41,20 @@ __all__ = [
     "LanguageModel",
     "MaskedWords",
     "ModelConfig",
+    "MultiLabel",
+    "QuestionAnswering",
+    "Regression",
     "Row",
     "RunConfig",
+    "SearchConfig",
     "Step",
+    "Tagging",
     "Tokenizer",
     "TrainConfig",
     "TrainState",
     "attention_probs",
     "fine_tune",
+    "fine_tune_seeds",
     "generate",
     "generate_text",
     "label_names",
@@ -54,6 +67,7 @@ __all__ = [
     "read_texts",
     "save",
     "save_model",
+    "search",
     "stratified_split",
     "stream_text",
     "text_metrics",

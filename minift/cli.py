@@ -1,4 +1,4 @@
-"""`minift train | eval | predict | generate | inspect | demo`: from words to a call.
+"""`minift train | search | eval | predict | generate | inspect | demo`: from words to a call.
 
 Flags of `train` are the fields of RunConfig and TrainConfig; `-` and `_` are the same, and a TOML
 file given with --config sets the same names. Bad input is one line on stderr and exit status 2.
@@ -6,7 +6,6 @@ file given with --config sets the same names. Bad input is one line on stderr an
 
 import argparse
 import ctypes
-import difflib
 import importlib
 import os
 import signal
@@ -16,17 +15,25 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, NoReturn
 
-from .config import RunConfig, TrainConfig
-from .errors import InputError
+from .config import RunConfig, TrainConfig, as_setting
+from .errors import InputError, unknown
 
 COMMANDS = {
     "train": "fine-tune a model, or train one from nothing",
+    "search": "try settings of train, and say which are best",
     "eval": "measure a trained model on a file",
     "predict": "label texts",
     "generate": "continue texts, or answer prompts",
     "inspect": "say what a model folder holds",
     "demo": "train a small BERT, or GPT, on text that is on this machine",
 }
+
+MODULES = {
+    "eval": "answering",
+    "predict": "answering",
+    "generate": "generate_command",
+    "demo": "demo",
+}  # others: commands
 
 RULES = (
     "learning_rate",
@@ -36,6 +43,13 @@ RULES = (
     "layer_lr_decay",
     "head_lr",
     "lr_rules",
+)
+
+# Settings of a run that a trained model reads as well, if its task does.
+TRAINED = (
+    *("text_column", "pair_column", "label_column", "id_column", "task_name"),
+    *("max_seq_length", "overflow", "max_dropped", "bad_tags"),
+    *("threshold", "doc_stride", "max_answer_length", "device"),
 )
 
 
@@ -56,10 +70,11 @@ class Parser(argparse.ArgumentParser):
         ]
 
 
-def unknown(word: str, known: Sequence[str]) -> str:
-    """What to say of a name that does not exist."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"unknown {word!r}" + (f": did you mean {close[0]!r}?" if close else "")
+def count(text: str) -> int:
+    """A whole number from 0 of a flag."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0, got {text!r}")
+    return int(text)
 
 
 def add_config(
@@ -86,6 +101,19 @@ def add_config(
         group.add_argument(*names, help=text, **options)
 
 
+def add_training(train: Parser, search: Parser) -> None:
+    """The flags of `train`, and of `search`, which has those too."""
+    train.add_argument("--config", metavar="FILE", help="a TOML file that sets the names below, or "
+                       "describes a model to make")  # fmt: skip
+    text = "a TOML file that sets the names below, and lists or ranges of some in [search]"
+    search.add_argument("--config", metavar="FILE", required=True, help=text)
+    text = "the table of the trials that have ended, and no more of them"
+    search.add_argument("--show", action="store_true", help=text)
+    for config in (RunConfig, TrainConfig):
+        add_config(train, config)
+        add_config(search, config)
+
+
 def make_parser() -> tuple[Parser, dict[str, Parser]]:
     """The parser of `minift`, and those of its commands."""
     from .generate_command import add_arguments
@@ -106,10 +134,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         if name != "inspect":
             sub.add_argument("--quiet", action="store_true", help="no progress on stderr")
     train, predict = subs["train"], subs["predict"]
-    train.add_argument("--config", metavar="FILE", help="a TOML file that sets the names below, or "
-                       "describes a model to make")  # fmt: skip
-    for config in (RunConfig, TrainConfig):
-        add_config(train, config)
+    add_training(train, subs["search"])
     for name in ("eval", "predict", "inspect"):
         subs[name].add_argument("--revision", help="branch, tag or commit of a hub id")
         subs[name].add_argument("--token", help="of a private hub id; or HF_TOKEN, `hf auth login`")
@@ -117,12 +142,8 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
              "folder or a hub id"}  # fmt: skip
     for name in ("eval", "predict"):
         subs[name].add_argument("--model", "--model_name_or_path", **model)
-        for column in ("text_column", "pair_column", "label_column"):
-            subs[name].add_argument(f"--{column}", help="name, or number from 1")
-        subs[name].add_argument("--max_seq_length", type=int, default=0, help="cut texts there")
-        subs[name].add_argument("--overflow", choices=("cut", "error"), default="cut")
         subs[name].add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-        subs[name].add_argument("--device", default="auto", help="cpu, cuda, cuda:1")
+        add_config(subs[name], RunConfig, TRAINED)
     subs["eval"].add_argument(
         "--data",
         "--test_file",
@@ -133,7 +154,9 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     )
     predict.add_argument("text", nargs="*", help="texts to label; none: --data, or lines of stdin")
     predict.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON lines, or a text a line")
-    predict.add_argument("--top_k", type=int, default=10, help="labels in `scores`; 0: all (10)")
+    predict.add_argument("--output_file", metavar="FILE", help="for the answers, in place of "
+                         "stdout; it is whole, or not there")  # fmt: skip
+    predict.add_argument("--top_k", type=count, default=10, help="labels in `scores`; 0: all (10)")
     subs["inspect"].add_argument(
         "model", metavar="DIR", help="a model folder, a hub id, or a configuration file"
     )
@@ -160,6 +183,21 @@ def normalise(argv: Sequence[str]) -> list[str]:
     return words + rest
 
 
+def load_toml(path: str) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        InputError: it is missing, or not TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML: {error}") from None
+
+
 def read_toml(path: str) -> dict[str, Any]:
     """Names and values of a configuration file; tables are only headings. A file that describes a
     model is that of --config_name.
@@ -167,48 +205,62 @@ def read_toml(path: str) -> dict[str, Any]:
     Raises:
         InputError: it is missing, not TOML, or a name is unknown or a value of another type.
     """
-    try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not TOML: {error}") from None
+    content = load_toml(path)
     if "model_type" in content:  # of a model that is to be made
         return {"config_name": path}
+    return settings_of(content, path)
+
+
+def settings_of(content: dict[str, Any], path: str) -> dict[str, Any]:
+    """The fields that the names of a configuration file mean, and their values.
+
+    Raises:
+        InputError: a name is unknown or a value of another type.
+    """
     values = {}
     for name, value in content.items():
         values |= value if isinstance(value, dict) else {name: value}
-    known = {
-        alias: f
-        for config in (RunConfig, TrainConfig)
-        for f in fields(config)
-        for alias in (f.name, *f.metadata["aliases"])
-    }
-    given = {}
-    for name, value in values.items():
-        field = known.get(name.replace("-", "_"))
-        if field is None:
-            raise InputError(f"{path}: {unknown(name, list(known))}")
-        if field.type is float and type(value) is int:
-            value = float(value)
-        choices = field.metadata["choices"]
-        if type(value) is not field.type or (choices and value not in choices):
-            wanted = " or ".join(choices) or field.type.__name__
-            raise InputError(f"{path}: expected {name} as {wanted}, got {value!r}")
-        given[field.name] = value
-    return given
+    try:
+        return dict(as_setting(name, value) for name, value in values.items())
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def configurations(args: argparse.Namespace) -> tuple[RunConfig, TrainConfig]:
     """Both configurations of `train`: flags over the TOML file over defaults."""
     given = read_toml(args.config) if args.config else {}
-    given |= vars(args)
+    return make_configs(given | vars(args))
+
+
+def make_configs(given: dict[str, Any]) -> tuple[RunConfig, TrainConfig]:
+    """Both configurations of names and values; other names may be among them."""
 
     def make(config):
         return config(**{f.name: given[f.name] for f in fields(config) if f.name in given})
 
     return make(RunConfig), make(TrainConfig)
+
+
+def searched(args: argparse.Namespace) -> tuple[Any, RunConfig, TrainConfig]:
+    """What `search` searches, and both configurations of what all its trials share.
+
+    Raises:
+        InputError: the file is not one of a search, or a setting is both searched and given.
+    """
+    from .search import from_table
+
+    content = load_toml(args.config)
+    try:
+        space, seeds = from_table(content.pop("search", None))
+    except InputError as error:
+        raise InputError(f"{args.config}: {error}") from None
+    given = settings_of(content, args.config) | vars(args)
+    for name in space.space:
+        if name in given:
+            raise InputError(f"{args.config}: {name} is searched and given: leave one out")
+    if seeds is not None:
+        given.setdefault("seeds", seeds)
+    return space, *make_configs(given)
 
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
@@ -242,12 +294,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if args.command == "train":
             args.configurations = configurations(args)
+        elif args.command == "search":
+            args.configurations = searched(args)
         # Asking a pool that forked to be quiet is a setting of this process, so it is made here.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        if args.command in ("train", "demo"):
+        if args.command in ("train", "search", "eval", "predict", "demo"):
             keep_memory()
-        module = {"demo": "demo", "generate": "generate_command"}.get(args.command, "commands")
+        module = MODULES.get(args.command, "commands")
+        several = args.command == "train" and args.configurations[0].seeds > 1
+        if several or args.command == "search":
+            module = "search_command"
         status = importlib.import_module(f".{module}", __package__).run(args)
         sys.stdout.flush()  # here, where a reader that has left is no error
         return status
@@ -257,7 +314,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"minift: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("minift: interrupted; --resume_from_checkpoint auto goes on", file=sys.stderr)
+        again = "the same command" if "search" in words[:1] else "--resume_from_checkpoint auto"
+        print(f"minift: interrupted; {again} goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 from tiny import assert_one_line, call, settings_kept
 
-from minift import cli, commands
+from minift import answering, cli, commands
 from minift.cli import configurations, main, make_parser, normalise
 from minift.config import RunConfig, TrainConfig
 from minift.errors import InputError
@@ -49,7 +49,8 @@ def command(monkeypatch):
                 raise what
             return what(args)
 
-        monkeypatch.setattr(commands, "run", run)
+        for module in (answering, commands):
+            monkeypatch.setattr(module, "run", run)
 
     return put
 
@@ -117,6 +118,8 @@ def test_only_names_lose_their_dashes():
         (("trian",), ("'trian'", "'train'", "'predict'")),
         (("train", "--lr", "fast"), ("--learning_rate/--lr", "invalid float value: 'fast'")),
         (("train", "--max_steps", "1.5"), ("--max_steps", "invalid int value: '1.5'")),
+        (("predict", "--top_k", "-1"), ("--top_k", "expected a whole number from 0, got '-1'")),
+        (("predict", "--top_k", "x"), ("--top_k", "expected a whole number from 0, got 'x'")),
         (("train", "--dtype", "fp8"), ("--dtype", "'fp8'", "'auto', 'fp32', 'bf16'")),
         (("train", "--lr"), ("--lr: expected one argument",)),
         (("train", "--lr", "nan"), ("expected learning_rate between 0 and 1000, got nan",)),
