@@ -16,7 +16,7 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
-from bench import figures, tables, writing_tables
+from bench import figures, tables, task_tables, writing_tables
 from bench.rows import Missing, on_gpu, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,6 +65,7 @@ def write_regions(results: Results, plots: dict[str, str]) -> dict[str, str]:
             image("roofline.svg", "roofline of the kernels"),
         ],
         "codegen": [tables.codegen(rows("codegen-triton-3.6.0"))],
+        "tasks": [task_tables.tasks(rows("tasks"))],
         "finetune": [
             tables.finetune(rows("finetune")),
             image("finetune.svg", "tokens a second of minift and transformers"),

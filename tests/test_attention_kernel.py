@@ -217,6 +217,7 @@ def test_a_sequence_alone_equals_itself_in_a_batch(case, causal, p):
         assert equal(single, [x[rows] for x in batch])
 
 
+@pytest.mark.slow
 @settings(max_examples=35)
 @given(drawn_cases, st.booleans(), probability, st.randoms(use_true_random=False))
 def test_permuting_sequences_permutes_results(case, causal, p, random):
@@ -274,6 +275,7 @@ def test_grouped_heads_equal_repeated_keys_and_values(case, causal, p):
     torch.testing.assert_close(grad, torch.cat([gq, *added], 1))
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(drawn_cases, st.booleans(), st.integers(0, 2), st.sampled_from([40, 64, 90, 300]))
 def test_a_padded_layout_changes_nothing(case, causal, more, longest):

@@ -108,7 +108,7 @@ def losses(make, ops, dtype) -> torch.Tensor:
     return torch.tensor(seen).double()
 
 
-PAIRS = [(bert, torch.bfloat16), (gpt, torch.float32)]
+PAIRS = [(bert, torch.bfloat16), pytest.param(gpt, torch.float32, marks=pytest.mark.slow)]
 if DEVICE == "cuda":  # in the interpreter a pair takes ten seconds or more
     PAIRS += [(bert, torch.float32), (gpt, torch.bfloat16)]
 

