@@ -25,9 +25,6 @@ import minift.kernels
 from bench import codegen
 from minift.kernels.launch import Launch
 
-# One of several workers compiles; the others would wait for it.
-pytestmark = pytest.mark.xdist_group("codegen")
-
 ROOT = bench_package.ROOT
 OTHERS = [arch for arch in codegen.SHARED if arch not in codegen.BUDGETED]
 MODULES = [
