@@ -13,6 +13,7 @@ from .config import RunConfig
 from .data import Drop, Row, one_label
 from .errors import InputError
 from .readers import JSON, Path, empty, ending_of, opened_lines, opened_records, shown_path, wrong
+from .squad import Found, read_record
 
 Object = dict[str, object]
 Cells = tuple[object, object, object, object]  # text, pair, label and id
@@ -85,6 +86,7 @@ NAMED = {
     "wsc": Named(None, _wsc),
     "axb": Named(None, _fields(*TWO), "mcc"),
     "axg": Named(None, _PREMISE),
+    "record": Named(metric="f1", task="qa"),  # see `squad.read_record`
 }
 
 
@@ -99,8 +101,6 @@ def named_task(name: str) -> Named:
         return NAMED[plain]
     close = difflib.get_close_matches(plain, NAMED, n=1)
     known = f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(NAMED)}"
-    if plain == "record":
-        known = "its answers are spans: write them as questions and contexts, for --task qa"
     raise InputError(f"expected a task_name of GLUE or SuperGLUE, got {name!r}: {known}")
 
 
@@ -143,6 +143,8 @@ def glue_rows(
         InputError: the name is unknown, or the file is not one of that task.
     """
     task, json = named_task(name), ending_of(path) in JSON
+    if task.task == "qa":
+        raise InputError(f"--task_name {name} is qa, and the model's task is not")
     if (task.objects if json else task.columns) is None:
         expected = "a file of JSON lines (.jsonl)" if task.columns is None else "a table (.tsv)"
         raise wrong(shown_path(path), expected, f"another of {name}", "name the published file")
@@ -165,6 +167,22 @@ def glue_rows(
         yield Row(text, pair, label, line, None, shown)
     if nothing:
         raise empty(shown_path(path))
+
+
+def glue_questions(path: Path, name: str, labelled: bool = True) -> Iterator[Found]:
+    """The questions of a file of SuperGLUE, one by one, or what cannot be used of it.
+
+    Args:
+        path: the file, as it was published.
+        name: of the task.
+        labelled: whether every question must have an answer, which those of a test lack.
+
+    Raises:
+        InputError: the name is not that of a task of questions, or the file is not one of it.
+    """
+    if named_task(name).task != "qa":
+        raise InputError(f"--task_name {name} is {named_task(name).task}, and the model's task qa")
+    yield from read_record(path, labelled)
 
 
 def _lose(where: str, wanted: str, drop: Drop | None) -> None:

@@ -1,9 +1,10 @@
-"""Questions about a context: SQuAD's JSON, and JSON lines of one question each.
+"""Questions about a context: SQuAD's JSON, JSON lines of one question each, and ReCoRD's.
 
     {"data": [{"paragraphs": [{"context": ..., "qas": [{"id", "question", "answers"}]}]}]}
     {"id": ..., "question": ..., "context": ..., "answers": {"text": [...], "answer_start": [...]}}
     {"question": ..., "context": ..., "answers": [{"text": ..., "answer_start": ...}]}
     {"question": ..., "context": ..., "answer": ..., "answer_start": ...}
+    {"passage": {"text", "entities"}, "qas": [{"idx", "query", "answers"}]}            ReCoRD
 
 No answers: the context holds none. An answer without a start is looked for. A line of JSON lines is
 read at a time; SQuAD's JSON is one document, which is read whole.
@@ -14,7 +15,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .readers import JSON, Path, ending_of, kind_of, opened, opened_records, shown_path, wrong
 
@@ -25,6 +26,9 @@ SEVERAL = "have an answer that occurs several times, and no answer_start"
 MISSING = "have an answer that is not in the context"
 BLANK = "have no question or no context"
 EMPTY = "have an empty answer"
+BESIDE = "have an answer that is not the text from its start to its end"
+BARE = "have no answer"
+OTHER = "lack fields of ReCoRD, or have others in them"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +45,7 @@ class Question:
     file: str = ""
     where: str = ""  # file:line, or file:id
     repaired: bool = False  # the file said another start
+    choices: tuple[tuple[int, int], ...] = ()  # characters of what alone may be answered; (): any
 
     @property
     def text(self) -> str:
@@ -82,6 +87,37 @@ def read_questions(path: Path, id_key: str = "", labelled: bool = True) -> Itera
                 raise wrong(where, f"a key {id_key!r}", str(list(raw)), "change --id_column")
             named = {"id": raw.get(id_key or "id", str(line))}
             yield _question({**raw, **named}, line, file, where, labelled)
+
+
+def read_record(path: Path, labelled: bool = True) -> Iterator[Found]:
+    """The queries of a file of ReCoRD (Zhang et al. 2018, arXiv:1810.12885) as SuperGLUE publishes
+    it: a passage a line, with the entities that answers are chosen from.
+
+    A query is asked as it stands, its "@placeholder" for the entity that it lacks; the passage too,
+    with "@highlight" before each of the sentences that end it, since the file counts its characters
+    so. Of several places of an answer, which are all right, the first is trained on.
+
+    Args:
+        path: .jsonl.
+        labelled: to measure. Else answers are not looked at, as a test has none.
+
+    Raises:
+        InputError: the file is not as it should be; or a row is not, and `labelled` is not set.
+    """
+    file = shown_path(path)
+    if os.path.isdir(path) or ending_of(path) not in JSON:
+        raise wrong(file, "a file of JSON lines (.jsonl) of ReCoRD", "another", "name that file")
+    with opened_records(path) as records:
+        for line, raw in records:
+            queries = raw.get("qas")
+            for n, query in enumerate(queries if isinstance(queries, list) else [None]):
+                try:
+                    found = _query(raw["passage"], query, f"{line}.{n}", line, file, labelled)
+                except (KeyError, TypeError, ValueError):
+                    found = f"{file}:{line}", OTHER
+                if not labelled and isinstance(found, tuple):
+                    raise wrong(found[0], "the fields of ReCoRD", "others", "mend or remove it")
+                yield found
 
 
 def locate(context: str, text: str, start: int | None) -> int | str:
@@ -157,6 +193,42 @@ def _question(raw: dict, line: int, file: str, where: str, labelled: bool) -> Fo
     ends = start, start + len(text)
     repaired = said is not None and said != start
     return Question(name, question, context, every, *ends, line, file, where, repaired)
+
+
+def _query(passage: dict, raw: dict, nameless: str, line: int, file: str, labelled: bool) -> Found:
+    """A query of ReCoRD.
+
+    Raises:
+        KeyError, TypeError, ValueError: a field is missing, or is none of ReCoRD's.
+    """
+    context, query, where = passage["text"], raw["query"], f"{file}:{line}"
+    if not (isinstance(context, str) and isinstance(query, str) and query.strip()):
+        raise TypeError(context, query)
+    choices = tuple(dict.fromkeys(_ends(entity, context) for entity in passage["entities"]))
+    name = nameless if raw.get("idx") is None else str(raw["idx"])
+    asked = Question(name, query, context, None, line=line, file=file, where=where, choices=choices)
+    if not labelled:
+        return asked
+    if not (answers := raw.get("answers")):
+        return where, BARE
+    places = [_ends(answer, context) for answer in answers]
+    texts = [answer["text"] for answer in answers]
+    if texts != [context[start:stop] for start, stop in places]:
+        return where, BESIDE
+    start, stop = places[0]
+    return replace(asked, answers=tuple(dict.fromkeys(texts)), start=start, stop=stop)
+
+
+def _ends(raw: dict, text: str) -> tuple[int, int]:
+    """The first character of a place of ReCoRD, and the one behind its last: `end` is the last.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
+    start, end = raw["start"], raw["end"]
+    if not (type(start) is type(end) is int and 0 <= start <= end < len(text)):
+        raise ValueError(raw)
+    return start, end + 1
 
 
 def _answers(raw: dict, where: str) -> list[tuple[str, int | None]]:

@@ -6,7 +6,7 @@ import pytest
 
 from minift.config import RunConfig
 from minift.errors import InputError
-from minift.glue import NAMED, as_named, glue_rows
+from minift.glue import NAMED, as_named, glue_questions, glue_rows
 
 LAYOUTS = {  # name -> header, a row, and what it is
     "sst2": ("sentence\tlabel", 'a "fine film\t1', ('a "fine film', None, "1", None)),
@@ -119,6 +119,10 @@ def test_files_of_another_kind(tmp_path):
         read(tmp_path / "a.tsv", "x\ty\n", "boolq")
     with pytest.raises(InputError, match="expected a table"):
         read(tmp_path / "a.jsonl", "{}\n", "cola")
+    with pytest.raises(InputError, match="--task_name record is qa"):
+        read(tmp_path / "a.jsonl", "{}\n", "record")
+    with pytest.raises(InputError, match="--task_name rte is classification"):
+        list(glue_questions(tmp_path / "a.jsonl", "rte"))
     for content in ("", "sentence\tlabel\n"):
         with pytest.raises(InputError, match="an empty file"):
             read(tmp_path / "a.tsv", content, "sst2")
@@ -129,6 +133,8 @@ def test_a_name_settles_what_is_not_given():
     assert (run.task, run.metric_for_best_model) == ("regression", "pearson")
     run = as_named(RunConfig(task_name="mrpc", metric_for_best_model="accuracy"))
     assert (run.task, run.metric_for_best_model) == ("classification", "accuracy")
+    run = as_named(RunConfig(task_name="ReCoRD"))
+    assert (run.task, run.metric_for_best_model) == ("qa", "f1")
     assert as_named(RunConfig(task="lm")) == RunConfig(task="lm")
 
 
@@ -137,7 +143,7 @@ def test_a_name_settles_what_is_not_given():
     [
         ({"task_name": "boolqq"}, "got 'boolqq': did you mean 'boolq'?"),
         ({"task_name": "zzz"}, "choose one of cola, sst2"),
-        ({"task_name": "record"}, "its answers are spans"),
+        ({"task_name": "record", "task": "tagging"}, "is qa, got --task tagging"),
         ({"task_name": "rte", "task": "lm"}, "is classification, got --task lm"),
         ({"task_name": "rte", "text_column": "a"}, "--text_column is not read with --task_name"),
     ],

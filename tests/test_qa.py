@@ -1,4 +1,4 @@
-"""Extractive question answering: windows, the loss of spans, answers, and runs of the command."""
+"""Extractive question answering: targets, the loss of spans, answers, and runs of the command."""
 
 import json
 import shutil
@@ -7,17 +7,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import assert_one_line, call, settings_kept, tiny_model
 
+from minift.answer_spans import NOWHERE
 from minift.batch import collate
 from minift.config import RunConfig
 from minift.errors import InputError
 from minift.ops import TORCH, TRITON, Layout
-from minift.squad import Question
-from minift.tasks.qa import NOWHERE, QuestionAnswering, best_spans, by_sequence, window_begins
-from minift.weights import load
+from minift.saving import load
+from minift.squad import BESIDE, Question
+from minift.tasks.qa import QuestionAnswering, by_sequence
+from minift.weights import save_model
 
 
 @pytest.fixture(autouse=True)
@@ -33,33 +33,6 @@ def question(context, answer, text="what was good ?", name="q"):
     return Question(
         name, text, context, answers, start, start + len(answer or ""), where=f"f:{name}"
     )
-
-
-@settings(max_examples=40)
-@given(st.integers(1, 200), st.integers(1, 50), st.integers(0, 60), st.data())
-def test_windows_hold_every_token(tokens, room, shared, data):
-    """Each is in a window, none is empty, and a span of one token more than neighbours share is
-    whole in one of them."""
-    begins = window_begins(tokens, room, shared)
-    assert sorted({t for b in begins for t in range(b, min(b + room, tokens))}) == list(
-        range(tokens)
-    )
-    assert all(b < tokens for b in begins)
-    length = min(min(shared, room // 2) + 1, tokens)
-    at = data.draw(st.integers(0, tokens - length))
-    assert any(b <= at and at + length <= b + room for b in begins)
-
-
-@settings(max_examples=40)
-@given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 40), st.integers(0, 99))
-def test_best_spans_are_the_best_of_all(n, longest, count, seed):
-    """Against every span, one by one."""
-    begins, ends = np.random.default_rng(seed).normal(size=(2, n))
-    every = [(begins[b] + ends[e], b, e) for b in range(n) for e in range(b, min(n, b + longest))]
-    found = best_spans(begins, ends, longest, count)
-    want = sorted(every, reverse=True)[:count]
-    np.testing.assert_allclose([s for *_, s in found], [s for s, *_ in want])
-    assert [(b, e) for b, e, _ in found] == [(b, e) for _, b, e in want]
 
 
 LENGTHS = (0, 3, 7, 0, 64, 70, 0)
@@ -189,6 +162,28 @@ def test_measured_and_predicted_answers_agree(loaded):
     assert measured["loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
+def test_only_choices_are_answered(loaded):
+    """Short and long, in whichever window they stand; what is measured is what is predicted."""
+    model, tokenizer = loaded
+    tokenizer.max_length = 20  # several windows
+    task = QuestionAnswering(4, 1)  # tokens of a free span: choices may have more
+    places = [CONTEXT.index(text) for text in ("meal", "saw a film")]
+    choices = (places[0], places[0] + 4), (places[1], places[1] + 10)
+    row = replace(question(CONTEXT, "saw a film"), choices=choices)
+    (answer,) = task.predict(model, tokenizer, [row])
+    assert (answer["start"], answer["end"]) in choices
+    assert answer["answer"] == CONTEXT[answer["start"] : answer["end"]]
+    outputs = task.outputs(model, examples_of(tokenizer, row), torch.float32, None)
+    assert task.metrics(outputs)["exact_match"] == (answer["answer"] == "saw a film")
+    each = [next(task.predict(model, tokenizer, [replace(row, choices=(c,))])) for c in choices]
+    assert [(a["start"], a["end"], a["score"]) for a in each] == [(*c, 1.0) for c in choices]
+    whole = replace(row, choices=((0, len(CONTEXT)),))  # no window holds it: any span then
+    free = replace(row, choices=())
+    assert next(task.predict(model, tokenizer, [whole])) == next(
+        task.predict(model, tokenizer, [free])
+    )
+
+
 def test_no_answer_by_hand():
     """Of three questions the threshold takes the one that gains most: two have an answer."""
     # loss windows has exact f1 empty difference
@@ -262,3 +257,68 @@ def test_what_is_left_out_is_told(tmp_path, capsys):
     words = ["train", "--task", "qa", "--model", tiny_model(tmp_path / "m"), "--train", data]
     result = call(capsys, *words, "--output", tmp_path / "out")
     assert_one_line(result, "a.jsonl:9", "1 have an answer that is not in the context")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict"])
+def test_an_empty_file_is_one_line(tmp_path, capsys, command):
+    """Of a language of questions or of another, trained on, measured or answered."""
+    model, data = tiny_model(tmp_path / "m"), tmp_path / "a.jsonl"
+    data.write_text("\n")
+    if command == "train":
+        words = ["--task", "qa", "--train", data, "--validation", data, "--output", tmp_path / "o"]
+    else:
+        trained, _ = load(model, head="span")
+        trained.config = QuestionAnswering().noted(replace(trained.config, task="qa"))
+        save_model(trained, model)
+        words = ["--data", data]
+    for more in ([], ["--task_name", "record"]):
+        result = call(capsys, command, "--model", model, *words, *more)
+        assert_one_line(result, "a.jsonl: expected rows")
+
+
+def write_record(path, n, answers=True):
+    """ReCoRD as SuperGLUE publishes it: the film that was good is asked for, by a query whose
+    answer stands twice."""
+    lines = []
+    for i in range(n):
+        names = ("film", "book", "meal", "day")
+        good, bad = names[i % 4], names[(i + 1) % 4]
+        text = f"we saw the {good} {i} , it was good . the {bad} was bad\n@highlight\nthe {good}"
+        found = [(text.index(good), good), (text.rindex(good), good), (text.index(bad), bad)]
+        places = [{"start": at, "end": at + len(name) - 1} for at, name in found]
+        right = [{**place, "text": good} for place in places[:2]]
+        query = {"idx": 100 + i, "query": "the @placeholder was good"}
+        query |= {"answers": right} if answers else {}
+        passage = {"text": text, "entities": places}
+        record = {"source": "Daily mail", "passage": passage, "qas": [query], "idx": i}
+        lines.append(json.dumps(record))
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_record_by_its_name(tmp_path, capsys):
+    """Its published files train, are measured, and a test is answered: ids and entities are the
+    file's; f1 chooses the best model. A row whose answer stands elsewhere is left out and told."""
+    model = tiny_model(tmp_path / "m", max_position_embeddings=64)
+    data = write_record(tmp_path / "train.jsonl", 64)
+    first = json.loads(data.read_text().splitlines()[0])
+    first["qas"][0]["answers"][0]["start"] += 1
+    data.write_text(data.read_text() + json.dumps(first) + "\n")
+    test = write_record(tmp_path / "test.jsonl", 8, answers=False)
+    words = ["train", "--task_name", "ReCoRD", "--model", model, "--output", tmp_path / "out"]
+    words += ["--train", data, "--validation", data, "--threads", 1, "--batch_size", 8]
+    done = call(capsys, *words, "--lr", 5e-3, "--epochs", 2, "--max_dropped", 0.02)
+    assert done.status == 0, done.err
+    (left_out, *_) = (tmp_path / "out/dropped.jsonl").read_text().splitlines()
+    assert "train.jsonl:65" in left_out
+    assert BESIDE in left_out
+    assert json.loads((tmp_path / "out/run.json").read_text())["run"]["task"] == "qa"
+    assert done.summary["eval_f1"] > 0.8
+    named = ["--model", tmp_path / "out", "--task_name", "record"]
+    measured = call(capsys, "eval", *named, "--data", data, "--max_dropped", 0.02)
+    assert measured.summary["eval_f1"] == pytest.approx(done.summary["eval_f1"])
+    answers = call(capsys, "predict", *named, "--data", test).answers
+    assert [a["id"] for a in answers] == [str(100 + i) for i in range(8)]
+    assert all(a["answer"] in ("film", "book", "meal", "day") for a in answers)
+    refused = call(capsys, "eval", *named[:3], "rte", "--data", data)
+    assert_one_line(refused, "--task_name rte is classification")

@@ -6,7 +6,20 @@ import json
 import pytest
 
 from minift.errors import InputError
-from minift.squad import ABSENT, BLANK, EMPTY, MISSING, SEVERAL, Question, locate, read_questions
+from minift.squad import (
+    ABSENT,
+    BARE,
+    BESIDE,
+    BLANK,
+    EMPTY,
+    MISSING,
+    OTHER,
+    SEVERAL,
+    Question,
+    locate,
+    read_questions,
+    read_record,
+)
 
 CONTEXT = "In 1215 king John signed the charter of the king ."
 JOHN = CONTEXT.index("John")
@@ -123,3 +136,92 @@ def test_damaged_squad(tmp_path):
         (tmp_path / "s.json").write_text(text)
         with pytest.raises(InputError, match="SQuAD"):
             list(read_questions(tmp_path / "s.json"))
+
+
+PASSAGE = "Tracy Morgan is awake \u2013 and well.\n@highlight\nMorgan was hurt in New Jersey"
+PLACES = {text: {"start": at, "end": at + len(text) - 1}  # `end` is the last character
+          for text, at in (("Tracy Morgan", 0), ("Morgan", PASSAGE.rindex("Morgan")),
+                           ("New Jersey", PASSAGE.index("New")))}  # fmt: skip
+ENTITIES = list(PLACES.values())
+RIGHT = [{**PLACES[text], "text": text} for text in ("Tracy Morgan", "Morgan")]
+
+
+def record(*qas, **passage):
+    """A line of ReCoRD as SuperGLUE publishes it."""
+    passage = {"text": PASSAGE, "entities": ENTITIES} | passage
+    return {"source": "Daily mail", "passage": passage, "qas": list(qas), "idx": 3}
+
+
+def query(**more):
+    return {"idx": 7, "query": "@placeholder is a comedian", "answers": RIGHT, **more}
+
+
+def test_record_as_it_is_published(tmp_path):
+    """`end` is an answer's last character; all answers are right, the first is trained on;
+    entities are the choices, and a query is called what the file calls it."""
+    path = written(tmp_path / "train.jsonl", record(query(), query(idx=8, answers=RIGHT[1:])))
+    first, second = read_record(path)
+    assert (first.id, first.question, first.context) == ("7", query()["query"], PASSAGE)
+    assert first.answers == ("Tracy Morgan", "Morgan")
+    assert (first.start, first.stop) == (0, 12)
+    assert [PASSAGE[slice(*ends)] for ends in first.choices] == ["Tracy Morgan", "Morgan",
+                                                                "New Jersey"]  # fmt: skip
+    assert (second.id, second.answers, second.start) == ("8", ("Morgan",), PASSAGE.rindex("Morgan"))
+    assert (second.line, second.where) == (1, f"{path}:1")
+
+
+def test_record_of_a_test(tmp_path):
+    """It has no answers, and is read to be answered; to be measured it is of no use."""
+    asked = {"idx": 7, "query": "@placeholder is a comedian"}
+    path = written(tmp_path / "test.jsonl", record(asked, {"query": "who is @placeholder ?"}))
+    rows = list(read_record(path, labelled=False))
+    assert [(row.id, row.answers, len(row.choices)) for row in rows] == [
+        *[("7", None, 3), ("1.1", None, 3)]
+    ]
+    assert list(read_record(path)) == [(f"{path}:1", BARE)] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (record(query(answers=[])), BARE),
+        (record(query(answers=[{"start": 0, "end": 10, "text": "Tracy Morgan"}])), BESIDE),
+        (record(query(answers=[{"start": 1, "end": 12, "text": "Tracy Morgan"}])), BESIDE),
+        (record(query(answers=[RIGHT[0], {**RIGHT[1], "text": "Tracy"}])), BESIDE),
+        (record(query(answers=[{"start": 0, "end": len(PASSAGE), "text": PASSAGE}])), OTHER),
+        (record(query(answers=[{"start": 5, "end": 4, "text": ""}])), OTHER),
+        (record(query(answers=[{"start": -4, "end": 3, "text": "Trac"}])), OTHER),
+        (record(query(answers=[{"start": 0, "text": "Tracy"}])), OTHER),
+        (record(query(answers=["Morgan"])), OTHER),
+        (record(query(query=" ")), OTHER),
+        (record(query(query=None)), OTHER),
+        (record(query(), text=5), OTHER),
+        (record(query(), entities=[{"start": 0}]), OTHER),
+        (record(query(), entities=None), OTHER),
+        (record("who ?"), OTHER),
+        ({"passage": {"text": PASSAGE}}, OTHER),
+        ({"qas": [query()]}, OTHER),
+    ],
+)
+def test_what_is_left_out_of_record(tmp_path, row, why):
+    """With its place and a reason; the rows beside it stay."""
+    path = written(tmp_path / "a.jsonl", record(query()), row, record(query(idx=9)))
+    before, left_out, after = read_record(path)
+    assert (before.id, left_out, after.id) == ("7", (f"{path}:2", why), "9")
+
+
+def test_a_prediction_leaves_no_row_of_record_out(tmp_path):
+    """So one that nothing can be asked of stops it; wrong answers are not looked at."""
+    wrong = query(answers=[{"start": 1, "end": 2, "text": "x"}])
+    path = written(tmp_path / "a.jsonl", record(wrong))
+    assert [row.id for row in read_record(path, labelled=False)] == ["7"]
+    path = written(tmp_path / "a.jsonl", record(wrong), record(query(query=None)))
+    with pytest.raises(InputError, match=r"a\.jsonl:2: expected the fields of ReCoRD"):
+        list(read_record(path, labelled=False))
+
+
+def test_another_file_is_none_of_record(tmp_path):
+    path = tmp_path / "a.tsv"
+    path.write_text("query\tpassage\n")
+    with pytest.raises(InputError, match="expected a file of JSON lines"):
+        list(read_record(path))

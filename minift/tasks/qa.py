@@ -21,21 +21,27 @@ import torch
 from torch import Tensor, nn
 
 from ..answer_metrics import best_threshold, score_answer
+from ..answer_spans import (
+    NOWHERE,
+    Ends,
+    chosen_spans,
+    free_spans,
+    tokens_at,
+    window_begins,
+)
 from ..augment import Augmenter
 from ..batch import Batch, Example, evaluation_batches
 from ..config import ModelConfig, RunConfig
 from ..errors import InputError, Notice
+from ..glue import glue_questions
 from ..ops import IGNORE_INDEX, Layout, Ops, TargetReport, ops_for
-from ..readers import show
+from ..readers import empty, show, shown_path
 from ..squad import Question, read_questions
 from ..tokenizer import BLOCK, Tokenizer
 from .task import File, Parts, Said, Setup, Task, both_sides
 
 PIECE = 256  # questions of a block
 BEST = 20  # spans of a window that a probability is over
-# Logit of a place behind the end of a sequence: its share is 0 beside any logit of a model. A row
-# of nothing else has no loss, and must not make the cross-entropy overflow, as -1e30 does.
-NOWHERE = -1e4
 SHIFT = 16  # a target is begin << SHIFT | end
 COLUMNS = "loss windows has_answer exact_match f1 empty difference".split()  # of `outputs`
 
@@ -65,7 +71,7 @@ class QuestionAnswering(Task):
 
     name: ClassVar = "qa"
     head: ClassVar = "span"
-    flags: ClassVar = ("doc_stride", "max_answer_length", "id_column", "augment")
+    flags: ClassVar = ("doc_stride", "max_answer_length", "id_column", "task_name", "augment")
     best: ClassVar = "f1"
     tunes: ClassVar = True
     scales: ClassVar = False
@@ -89,8 +95,14 @@ class QuestionAnswering(Task):
     @classmethod
     def blocks(cls, file: File, labelled: bool = True) -> Iterator[list[Question]]:
         """See `Task.blocks`; SQuAD's JSON is one document, which is read whole."""
-        block = []
-        for found in read_questions(file.path, file.run.id_column, labelled):
+        path, name = file.path, file.run.task_name
+        if name:
+            questions = glue_questions(path, name, labelled)
+        else:
+            questions = read_questions(path, file.run.id_column, labelled)
+        block, nothing = [], True
+        for found in questions:
+            nothing = False
             if isinstance(found, tuple):
                 file.drop(*found)
                 continue
@@ -100,6 +112,8 @@ class QuestionAnswering(Task):
                 block = []
         if block:
             yield block
+        if nothing:
+            raise empty(shown_path(path))
 
     @classmethod
     def row_of(cls, text: str, line: int) -> Question:
@@ -217,9 +231,8 @@ class QuestionAnswering(Task):
                 "--max_seq_length"
             )
         answer = None
-        if row.answers:  # a token that holds a part of it belongs to it
-            answer = int(np.searchsorted(offsets[:, 1], row.start, "right"))
-            answer = answer, int(np.searchsorted(offsets[:, 0], row.stop, "left")) - 1
+        if row.answers:
+            answer = tokens_at(offsets, row.start, row.stop)
             if answer[0] > answer[1]:
                 return []
         windows = []
@@ -321,25 +334,32 @@ class QuestionAnswering(Task):
         return {"answer": row.context[start:stop], "score": score, "start": start, "end": stop}
 
     def spans(self, windows: list[Window], logits: list[np.ndarray]) -> tuple[list[Span], float]:
-        """The best spans of all windows of a question, the best first, and the score of none.
+        """The best spans of all windows of a question, the best first, and the score of none. Of a
+        question with `choices` they are choices, unless no window holds any.
 
         Args:
             windows: of one question.
             logits: (L, 2) of each.
         """
-        best: dict[tuple[int, int], float] = {}
-        for window, found in zip(windows, logits, strict=True):
-            places, context = window.offsets, window.row.context
-            inside = found[window.first : window.first + len(places)]
-            for b, e, score in best_spans(*inside.T, self.max_answer_length, BEST):
-                start, stop = int(places[b, 0]), int(places[e, 1])
-                text = context[start:stop]
-                start += len(text) - len(text.lstrip())  # a token of bytes may hold a space
-                ends = start, start + len(text.strip())
-                best[ends] = max(score, best.get(ends, score))
+        row = windows[0].row
+        best = self._scored(windows, logits, row.choices) or self._scored(windows, logits, ())
         none = min(float(found[0].sum()) for found in logits)
         spans = [Span(score, *ends) for ends, score in best.items()]
         return sorted(spans, key=lambda span: -span.score)[:BEST], none
+
+    def _scored(self, windows, logits, choices) -> dict[Ends, float]:
+        best: dict[Ends, float] = {}
+        for window, found in zip(windows, logits, strict=True):
+            places = window.offsets
+            inside = found[window.first : window.first + len(places)]
+            if choices:
+                spans = chosen_spans(inside, places, choices)
+            else:
+                text = window.row.context
+                spans = free_spans(inside, places, text, self.max_answer_length, BEST)
+            for ends, score in spans:
+                best[ends] = max(score, best.get(ends, score))
+        return best
 
     @torch.no_grad()
     def _answered(self, model, examples, dtype, ops):
@@ -372,33 +392,6 @@ class QuestionAnswering(Task):
         """Questions on both sides, unknown words."""
         yield from both_sides(rows)
         yield from super().strange(rows, examples, tokenizer)
-
-
-def window_begins(tokens: int, room: int, shared: int) -> list[int]:
-    """The first token of each window of `room` tokens; neighbours share so many, at most half."""
-    step = room - min(shared, room // 2)
-    return list(range(0, max(tokens - room, 0) + step, step)) if tokens else []
-
-
-def best_spans(
-    begins: np.ndarray, ends: np.ndarray, longest: int, count: int
-) -> list[tuple[int, int, float]]:
-    """(begin, end, sum of logits) of the best spans, the best first; of all that there are.
-
-    Args:
-        begins, ends: (n,) logits.
-        longest: tokens of a span at most.
-        count: of spans at most.
-    """
-    n, longest = len(begins), min(longest, len(begins))
-    padded = np.concatenate([ends, np.full(longest - 1, -np.inf)])
-    scores = begins[:, None] + np.lib.stride_tricks.sliding_window_view(padded, longest)
-    flat = np.where(np.isnan(scores), NOWHERE, scores).ravel()  # (n * longest,)
-    count = min(count, n * longest)
-    top = np.argpartition(-flat, count - 1)[:count]
-    top = top[np.lexsort((top, -flat[top]))]
-    spans = ((*divmod(int(i), longest), float(flat[i])) for i in top)
-    return [(b, b + more, score) for b, more, score in spans if score > -np.inf]
 
 
 def by_sequence(logits: Tensor, layout: Layout) -> Tensor:
