@@ -10,7 +10,7 @@ from minift.kernels.bias_gelu import bias_gelu_ref
 from minift.kernels.cross_entropy import cross_entropy_ref
 from minift.kernels.dropout import dropout_keep, dropout_ref
 from minift.kernels.embed import embed_ref
-from minift.ops import TORCH
+from minift.ops import TORCH, indexed
 
 
 def _mask(dropout, columns):
@@ -55,6 +55,6 @@ def cross_entropy(logits, target, weight=None, label_smoothing=0.0, ignore_index
 
 
 DEFINITIONS = replace(
-    TORCH, attention=attention, add_norm=add_norm, bias_gelu=bias_gelu, embed=embed, drop=drop,
-    cross_entropy=cross_entropy,
+    TORCH, attention=attention, attention_at=indexed(attention), add_norm=add_norm,
+    bias_gelu=bias_gelu, embed=embed, drop=drop, cross_entropy=cross_entropy,
 )  # fmt: skip

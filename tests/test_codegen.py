@@ -4,7 +4,6 @@ Nothing is compiled in this process: where the interpreter runs, the compiler do
 """
 
 import ast
-import fcntl
 import importlib
 import inspect
 import json
@@ -171,49 +170,38 @@ def test_a_declaration_that_does_not_fit_is_found(changed, message):
 # -------------------------------------------------------------------------- the table
 
 
-def table(factory: pytest.TempPathFactory, *archs: str) -> dict:
-    """The row of each launch and architecture, compiled once for all test workers."""
-    folder = factory.getbasetemp()
-    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    with (shared / f"codegen-{archs[0]}.json").open("a+") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        if not (text := file.read()):
-            _, rows, errors = run("--arch", *archs)
-            assert f"launches for {' '.join(archs)}" in errors, errors
-            text = json.dumps(rows)
-            file.write(text)
-    return {(row["kernel"], row["arch"]): row for row in json.loads(text)}
+@pytest.fixture(scope="session")
+def compiler():
+    """A process that compiles what the tests of this worker ask for, one launch at a time. Each
+    worker has its own: none waits for what another compiles."""
+    compiler = codegen.Compiler("minift.kernels")
+    yield compiler
+    compiler.stop()
 
 
-@pytest.fixture(scope="module")
-def budgeted(tmp_path_factory):
-    return table(tmp_path_factory, *codegen.BUDGETED)
-
-
-@pytest.fixture(scope="module")
-def others(tmp_path_factory):
-    return table(tmp_path_factory, *OTHERS)
+def compiled(compiler: codegen.Compiler, name: str, arch: str) -> dict:
+    return compiler.row(compiler.names.index(name), arch, seconds=120)
 
 
 @pytest.mark.parametrize("arch", codegen.BUDGETED)
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launch_keeps_the_budget(budgeted, name, arch):
-    assert budgeted[name, arch]["ok"], budgeted[name, arch]["why"]
+def test_launch_keeps_the_budget(compiler, name, arch):
+    row = compiled(compiler, name, arch)
+    assert (row["kernel"], row["arch"]) == (name, arch)
+    assert row["ok"], row["why"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", OTHERS)
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launch_compiles_elsewhere(others, name, arch):
-    assert others[name, arch]["ok"], others[name, arch]["why"]
+def test_launch_compiles_elsewhere(compiler, name, arch):
+    row = compiled(compiler, name, arch)
+    assert row["ok"], row["why"]
 
 
-def test_the_table_is_complete(budgeted):
-    """What was compiled is what this checkout declares."""
-    if not LAUNCHES:
-        pytest.skip("no kernel file declares a launch yet")
-    assert set(budgeted) == {(name, arch) for name in LAUNCHES for arch in codegen.BUDGETED}
+def test_the_table_is_complete(compiler):
+    """What can be compiled is what this checkout declares."""
+    assert compiler.names == list(LAUNCHES)
 
 
 # ------------------------------------------------------------------------- the budget
