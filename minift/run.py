@@ -1,7 +1,8 @@
 """One fine-tuning run from files to a model folder: a generator of what happens.
 
 OUTPUT/
-  config.json model.safetensors tokenizer.json tokenizer_config.json    the best model
+  config.json model.safetensors tokenizer.json tokenizer_config.json    the best model; of an
+                   adapter its own files in place of model.safetensors
   run.json          the configuration, versions, command, threads, data fingerprints
   metrics.jsonl     one event a line
   dropped.jsonl     rows that could not be used, if there are any: file:line, and why
@@ -30,8 +31,9 @@ from .errors import InputError, Notice
 from .files import cannot_write, make_folder, read_json, remove_partial, write_file, write_json
 from .glue import as_named
 from .prepare import Job, prepare
+from .saving import restore, save_trained
+from .step_weights import cast_once
 from .train import Diverged, Step, train
-from .weights import read_weights, save_model
 
 # What may change between a run and its continuation without changing a bit of the result.
 FREE = set(
@@ -45,7 +47,7 @@ LATE = {"cpu": 1, "cuda": 50}  # steps whose losses are read at once: on a GPU r
 # What a run leaves in its folder besides checkpoints.
 OWN = (
     "config.json model.safetensors tokenizer.json tokenizer_config.json run.json metrics.jsonl "
-    "dropped.jsonl"
+    "dropped.jsonl adapter_config.json adapter_model.safetensors prefix_projection.safetensors"
 ).split()
 
 
@@ -232,7 +234,8 @@ class Run:
     def outputs(self, part: str) -> np.ndarray:
         """What the model makes of the rows of train, validation or test."""
         job = self.job
-        return job.task.outputs(job.model, job.examples[part], job.dtype, job.ops)
+        with cast_once(job.model, job.dtype):  # as `minift eval` computes it
+            return job.task.outputs(job.model, job.examples[part], job.dtype, job.ops)
 
     def evaluate(self, step: Step) -> Evaluation:
         """Metrics of the validation rows; a better model than ever is written to OUTPUT."""
@@ -254,7 +257,7 @@ class Run:
         if best:
             progress.best, progress.best_step, progress.best_metrics = gain, step.index, events
             job.model.config = task.noted(job.model.config)
-            save_model(job.model, self.output)
+            save_trained(job.model, self.output)
             job.tokenizer.save(self.output)
         patience = self.run.early_stopping_patience
         progress.stopped = bool(patience) and progress.without_gain >= patience
@@ -308,7 +311,7 @@ class Run:
     def finish(self) -> Finished:
         """The best model's numbers, on the test rows too."""
         job, progress = self.job, self.progress
-        read_weights(job.model, self.output / "model.safetensors")
+        restore(job.model, self.output)
         task, table, test = job.task, "", {}
         if task.tabled or task.tunes:
             outputs = self.outputs("validation")

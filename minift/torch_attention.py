@@ -29,6 +29,9 @@ from .kernels.layout import Group, Layout
 # Rows of a sequence, measured on one core at D = 64, forward and backward. Causal in bf16 torch's
 # kernel is 2.0 times as fast at 1024, as fast at 256, 0.6 times at 128.
 LONG = 192
+# The same without a backward pass, on an AMD EPYC at D = 32, and causal at D = 64: there torch's
+# kernel is as fast at 40, 1.0 to 1.4 times at 48 to 64, 1.2 to 1.7 times at 128 to 192.
+LONG_FORWARD = 48
 # With dropout pieces are 1.1 to 1.3 times as fast at 1024 if causal, 0.7 times if not. There memory
 # is the reason: a layer of 24 heads of 2048 would keep 800 MB.
 LONG_DROPPED = 512
@@ -37,7 +40,7 @@ PIECE = 1 << 17  # scores of a piece: with what is made of them they stay in 2 M
 
 
 @functools.lru_cache(maxsize=2)  # the layers of a step share them, forward and backward
-def _places(layout: Layout, heads: int) -> list[tuple[Tensor, Tensor]]:
+def places_of(layout: Layout, heads: int) -> list[tuple[Tensor, Tensor]]:
     """(cells, rows) of each group: which row of x (T * heads, D) each row of the rectangle
     (heads * n * L, D) is, padding being the first of its sequence; and where in the rectangle each
     row of the group is."""
@@ -52,8 +55,11 @@ def _places(layout: Layout, heads: int) -> list[tuple[Tensor, Tensor]]:
 
 
 @functools.lru_cache(maxsize=1)
-def _words(layout: Layout, rows: Tensor, columns: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """(factor, rest) of each group, (n * L * L,) int32: the words of a head, whose own is u, are
+def words_of(
+    layout: Layout, rows: Tensor, columns: Tensor, before: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """(factor, rest) of each group, (n * L * (before + L),) int32, where `before` more keys stand
+    before a sequence's own: the words of a head, whose own is u, are
     u * (r0 * x + r2) + (r1 * x + r3) = u * factor + rest. All layers share them: rows and columns
     of a Dropout are never written to."""
     words = []
@@ -62,30 +68,30 @@ def _words(layout: Layout, rows: Tensor, columns: Tensor) -> list[tuple[Tensor, 
         r = rows[group.start : group.stop]
         r = r if group.gather is None else r.index_select(0, group.gather)
         r = r.T.contiguous().view(4, n, L, 1)
-        factor, rest = (r[:2] * columns[:L]).add_(r[2:]).flatten(1)  # int32 wraps
+        factor, rest = (r[:2] * columns[: before + L]).add_(r[2:]).flatten(1)  # int32 wraps
         words.append((factor, rest ^ -(2**31)))  # turns an unsigned compare signed
     return words
 
 
-def _rectangle(x: Tensor, cells: Tensor, group: Group) -> Tensor:
+def rectangle(x: Tensor, cells: Tensor, group: Group) -> Tensor:
     """(T, heads, D) -> (heads * n, L, D)."""
     D = x.shape[-1]
     return x.reshape(-1, D).index_select(0, cells).view(-1, group.length, D)
 
 
-def _write_rows(out: Tensor, x: Tensor, rows: Tensor, group: Group) -> None:
+def write_rows(out: Tensor, x: Tensor, rows: Tensor, group: Group) -> None:
     """The inverse: (heads * n, L, D) into the rows of `out` (T, heads, D)."""
     D = x.shape[-1]
     out = out[group.start : group.stop].view(-1, D)
     torch.index_select(x.to(out.dtype).view(-1, D), 0, rows, out=out)
 
 
-def _wide(x: Tensor) -> Tensor:
+def widened(x: Tensor) -> Tensor:
     """fp32 or fp64: on a CPU softmax and small products are slower in bf16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _heads(x: Tensor, group: Group, n_head: int, n_key: int) -> list[Tensor]:
+def heads_of(x: Tensor, group: Group, n_head: int, n_key: int) -> list[Tensor]:
     """(heads * n, L, D) -> q, k, v (H * n, L, D); keys that heads share are repeated."""
     q, *keys = x.split([group.n * heads for heads in (n_head, n_key, n_key)])
     if n_key == n_head:
@@ -94,7 +100,7 @@ def _heads(x: Tensor, group: Group, n_head: int, n_key: int) -> list[Tensor]:
     return [q, *(x.repeat_interleave(n_head // n_key, 0).view_as(q) for x in keys)]
 
 
-def _product(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, scale: float = 1.0, out: Tensor | None = None) -> Tensor:
     """scale * a @ b over the batch, into `out` if given; the scale costs no pass of its own."""
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
 
@@ -109,7 +115,7 @@ def _probabilities(scores: Tensor, group: Group, causal: bool) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-def _dropped(probs: Tensor, dropout: Dropout, factor: Tensor, rest: Tensor) -> Tensor:
+def dropped_of(probs: Tensor, dropout: Dropout, factor: Tensor, rest: Tensor) -> Tensor:
     """The probabilities (H * n, L, L) that stay, 0 where one goes: not divided by 1 - p."""
     words = torch.addcmul(rest, factor, dropout.places[dropout.site][:, None])
     # 1 or 0, in place: to compare into another dtype takes many times as long.
@@ -127,15 +133,15 @@ class _Attention(torch.autograd.Function):
         out = qkv.new_empty(T, n_head, D)
         out[sum(layout.lengths) :] = 0
         scale, kept = 1 / math.sqrt(D), 1 / (1 - dropout.p) if dropout else 1.0
-        saved, places, ends = [], _places(layout, heads), _places(layout, n_head)
-        words = _words(layout, dropout.rows, dropout.columns) if dropout else ()
+        saved, places, ends = [], places_of(layout, heads), places_of(layout, n_head)
+        words = words_of(layout, dropout.rows, dropout.columns) if dropout else ()
         for i, group in enumerate(layout.groups):
-            x = _wide(_rectangle(qkv, places[i][0], group))
-            q, k, v = _heads(x, group, n_head, n_key)
-            probs = dropped = _probabilities(_product(q, k.mT, scale), group, causal)
+            x = widened(rectangle(qkv, places[i][0], group))
+            q, k, v = heads_of(x, group, n_head, n_key)
+            probs = dropped = _probabilities(product(q, k.mT, scale), group, causal)
             if dropout is not None:
-                dropped = _dropped(probs, dropout, *words[i])
-            _write_rows(out, _product(dropped, v, kept), ends[i][1], group)
+                dropped = dropped_of(probs, dropout, *words[i])
+            write_rows(out, product(dropped, v, kept), ends[i][1], group)
             saved += [x, probs, dropped]
         ctx.save_for_backward(*saved)
         ctx.facts = layout, n_head, n_key, scale, kept
@@ -148,33 +154,36 @@ class _Attention(torch.autograd.Function):
         T, heads, D = len(dout), n_head + 2 * n_key, dout.shape[2]
         dqkv = dout.new_empty(T, heads, D)
         dqkv[sum(layout.lengths) :] = 0
-        places, ends = _places(layout, heads), _places(layout, n_head)
+        places, ends = places_of(layout, heads), places_of(layout, n_head)
         for i, group in enumerate(layout.groups):
             x, probs, dropped = ctx.saved_tensors[3 * i : 3 * i + 3]
-            q, k, v = _heads(x, group, n_head, n_key)
-            do = _wide(_rectangle(dout, ends[i][0], group))
+            q, k, v = heads_of(x, group, n_head, n_key)
+            do = widened(rectangle(dout, ends[i][0], group))
             if group.real is not None:  # a padded query has no gradient
                 do = (do.view(n_head, -1, D) * group.real.view(-1, 1)).view_as(do)
-            ds = _product(do, v.mT, kept).mul_(dropped)  # P * dP: dropped holds P, or 0 where dP is
+            ds = product(do, v.mT, kept).mul_(dropped)  # P * dP: dropped holds P, or 0 where dP is
             ds.addcmul_(probs, ds.sum(-1, keepdim=True), value=-1)
             dx = do.new_empty(x.shape)
             dq, dk, dv = dx.split([group.n * count for count in (n_head, n_key, n_key)])
-            _product(ds, k, scale, out=dq)
+            product(ds, k, scale, out=dq)
             for out, a, b, factor in ((dk, ds, q, scale), (dv, dropped, do, kept)):
                 if n_key == n_head:
-                    _product(a.mT, b, factor, out=out)
+                    product(a.mT, b, factor, out=out)
                 else:
-                    each = _product(a.mT, b, factor).view(n_key, n_head // n_key, -1)
+                    each = product(a.mT, b, factor).view(n_key, n_head // n_key, -1)
                     torch.sum(each, 1, out=out.view(n_key, -1))
-            _write_rows(dqkv, dx, places[i][1], group)
+            write_rows(dqkv, dx, places[i][1], group)
         return dqkv, None, None, None, None
 
 
 # ------------------------------------------------------------ long sequences
 
 
-def _undropped(qkv: Tensor, layout: Layout, n_head: int, causal: bool) -> Tensor:
-    """By torch's own kernel, on views where lengths are equal. A causal query sees no padding."""
+def _undropped(
+    qkv: Tensor, layout: Layout, n_head: int, causal: bool, first: bool = False
+) -> Tensor:
+    """By torch's own kernel, on views where lengths are equal. A causal query sees no padding.
+    `first`: of each sequence the first query alone, (B, H, D); no sequence is then empty."""
     T, heads, D = qkv.shape
     n_key, groups, outs = (heads - n_head) // 2, layout.groups, []
     sizes = [group.stop - group.start for group in groups]
@@ -183,14 +192,16 @@ def _undropped(qkv: Tensor, layout: Layout, n_head: int, causal: bool) -> Tensor
         x = x if group.gather is None else x.index_select(0, group.gather)
         x = x.view(group.n, group.length, heads, D).transpose(1, 2)
         q, k, v = x.split([n_head, n_key, n_key], 1)
+        q = q[:, :, :1] if first else q
         if n_key != n_head:
             k, v = (x.repeat_interleave(n_head // n_key, 1) for x in (k, v))
         real = None if causal or group.real is None else group.real.log().to(x.dtype)
         real = real if real is None else real[:, None, None]  # 0, or -inf on padding
         out = F.scaled_dot_product_attention(q, k, v, real, is_causal=causal)
         out = out.transpose(1, 2).reshape(-1, n_head, D)
-        outs.append(out if group.scatter is None else out.index_select(0, group.scatter))
-    return torch.cat([*outs, slack.new_zeros(len(slack), n_head, D)])
+        whole = first or group.scatter is None
+        outs.append(out if whole else out.index_select(0, group.scatter))
+    return torch.cat(outs if first else [*outs, slack.new_zeros(len(slack), n_head, D)])
 
 
 @dataclass(frozen=True)
@@ -209,7 +220,7 @@ class _Work:
 
     @staticmethod
     def of(x: Tensor, group: Group, n_head: int, n_key: int, causal: bool, dropout: Dropout):
-        q, k, v = _heads(x, group, n_head, n_key)
+        q, k, v = heads_of(x, group, n_head, n_key)
         a, b = (w[group.start : group.stop] for w in row_words(dropout))
         if group.gather is not None:
             a, b = a.index_select(0, group.gather), b.index_select(0, group.gather)
@@ -233,7 +244,7 @@ class _Work:
 
     def probabilities(self, pairs: slice, queries: slice, end: int) -> Tensor:
         q, k = self.q[pairs, queries], self.k[pairs, :end]
-        scores = _product(q, k.mT, 1 / math.sqrt(q.shape[-1]))
+        scores = product(q, k.mT, 1 / math.sqrt(q.shape[-1]))
         if self.causal:
             n = q.shape[1]
             scores[..., queries.start :].add_(self.hidden[:n, :n])
@@ -242,7 +253,7 @@ class _Work:
         return torch.softmax(scores, -1, out=scores)
 
     def keep(self, pairs: slice, queries: slice, end: int) -> Tensor:
-        """int32, 1 or 0: see `_dropped`."""
+        """int32, 1 or 0: see `dropped_of`."""
         words = self.a[pairs, queries] * self.dropout.columns[:end]
         return words.add_(self.b[pairs, queries]).ge_(threshold(self.dropout.p))
 
@@ -263,16 +274,16 @@ class _LongAttention(torch.autograd.Function):
         n_key, kept = (heads - n_head) // 2, 1 / (1 - dropout.p)
         out = qkv.new_empty(T, n_head, D)
         out[sum(layout.lengths) :] = 0
-        places, ends = _places(layout, heads), _places(layout, n_head)
+        places, ends = places_of(layout, heads), places_of(layout, n_head)
         for group, (cells, _), (_, rows) in zip(layout.groups, places, ends, strict=True):
-            x = _wide(_rectangle(qkv, cells, group))
+            x = widened(rectangle(qkv, cells, group))
             work = _Work.of(x, group, n_head, n_key, causal, dropout)
             o = torch.empty_like(work.q)
             for pairs, queries, end in work.pieces():
                 probs = work.probabilities(pairs, queries, end)
                 probs = _drop_(probs, work.keep(pairs, queries, end))
-                o[pairs, queries] = _product(probs, work.v[pairs, :end], kept)
-            _write_rows(out, o, rows, group)
+                o[pairs, queries] = product(probs, work.v[pairs, :end], kept)
+            write_rows(out, o, rows, group)
         ctx.save_for_backward(qkv)
         ctx.facts = layout, n_head, n_key, causal, dropout
         return out
@@ -285,19 +296,19 @@ class _LongAttention(torch.autograd.Function):
         heads, D = qkv.shape[1:]
         dqkv = dout.new_empty(qkv.shape)
         dqkv[sum(layout.lengths) :] = 0
-        places, ends = _places(layout, heads), _places(layout, n_head)
+        places, ends = places_of(layout, heads), places_of(layout, n_head)
         for group, (cells, rows), (queries, _) in zip(layout.groups, places, ends, strict=True):
             work = _Work.of(
-                _wide(_rectangle(qkv, cells, group)), group, n_head, n_key, causal, dropout
+                widened(rectangle(qkv, cells, group)), group, n_head, n_key, causal, dropout
             )
-            do = _wide(_rectangle(dout, queries, group))
+            do = widened(rectangle(dout, queries, group))
             if group.real is not None:  # a padded query has no gradient
                 do = (do.view(n_head, -1, D) * group.real.view(-1, 1)).view_as(do)
             dq, dk, dv = _long_gradients(work, do)
             if n_key != n_head:
                 each = (x.view(n_key, n_head // n_key, -1).sum(1) for x in (dk, dv))
                 dk, dv = (x.view(-1, *dq.shape[1:]) for x in each)
-            _write_rows(dqkv, torch.cat([dq, dk, dv]), rows, group)
+            write_rows(dqkv, torch.cat([dq, dk, dv]), rows, group)
         return dqkv, None, None, None, None
 
 
@@ -309,9 +320,9 @@ def _long_gradients(work: _Work, do: Tensor) -> list[Tensor]:
         q, k, v = work.q[pairs, queries], work.k[pairs, :end], work.v[pairs, :end]
         upstream = do[pairs, queries]
         probs, keep = (make(pairs, queries, end) for make in (work.probabilities, work.keep))
-        dp = _drop_(_product(upstream, v.mT, kept), keep)
+        dp = _drop_(product(upstream, v.mT, kept), keep)
         ds = torch.ops.aten._softmax_backward_data(dp, probs, -1, dp.dtype)
-        dq[pairs, queries] = _product(ds, k, scale)
+        dq[pairs, queries] = product(ds, k, scale)
         dk[pairs, :end].baddbmm_(ds.mT, q, alpha=scale)
         dv[pairs, :end].baddbmm_(_drop_(probs, keep).mT, upstream, alpha=kept)
     return [dq, dk, dv]
@@ -326,11 +337,26 @@ def attention(
 ) -> Tensor:
     """See `minift.kernels.attention.attention_ref`: (T, H + 2 * Hk, D) -> (T, H, D)."""
     check_attention(qkv, layout, n_head)
-    if dropout is None and layout.max_length > LONG:
+    if dropout is None and layout.max_length > (LONG if torch.is_grad_enabled() else LONG_FORWARD):
         return _undropped(qkv, layout, n_head, causal)
     if dropout is not None and layout.max_length > LONG_DROPPED:
         return _LongAttention.apply(qkv, layout, n_head, causal, dropout)
     return _Attention.apply(qkv, layout, n_head, causal, dropout)
+
+
+def attention_at(
+    qkv: Tensor, layout: Layout, n_head: int, rows: Tensor, dropout: Dropout | None = None
+) -> Tensor:
+    """`attention` at some rows alone: (N, H, D).
+
+    Without a backward pass, of a layout's first rows the other queries are not computed. To train,
+    all are: the gradient of a query that nobody reads is 0, but sums of it would be other bits.
+    """
+    alone = rows is layout.first and dropout is None and min(layout.lengths, default=0) > 0
+    if alone and not torch.is_grad_enabled():
+        check_attention(qkv, layout, n_head)
+        return _undropped(qkv, layout, n_head, False, first=True)
+    return attention(qkv, layout, n_head, dropout=dropout).index_select(0, rows)
 
 
 # ------------------------------------------------------------------ one step of decoding

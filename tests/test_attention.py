@@ -242,6 +242,57 @@ def test_expanded_gradient_and_strided_input_are_read_right():
     torch.testing.assert_close(*grads)
 
 
+# ---------------------------------------------------------------- without a backward pass
+
+
+@cases
+@causality
+@pytest.mark.parametrize("long", [0, torch_attention.LONG_FORWARD], ids=["all long", "as it is"])
+@torch.no_grad()
+def test_without_a_backward_pass_it_equals_the_definition(case, causal, long, monkeypatch):
+    """Where other kernels are the faster ones."""
+    monkeypatch.setattr(torch_attention, "LONG_FORWARD", long)
+    qkv, _, layout = make(case)
+    out = TORCH.attention(qkv, layout, case[2], causal=causal)
+    torch.testing.assert_close(out, attention_ref(qkv, layout, case[2], causal=causal))
+
+
+@cases
+@pytest.mark.parametrize("backward", [False, True], ids=["", "backward"])
+@pytest.mark.parametrize("p", [0.0, 0.3], ids=["", "dropout"])
+def test_queries_of_some_rows_are_the_full_computation_indexed(case, backward, p):
+    """First rows of sequences, which alone are computed without a backward pass, and any others;
+    some in the order of nobody, one twice."""
+    qkv, _, layout = make(case)
+    dropout = drawn(layout, case[2], p) if p else None
+    some = torch.arange(layout.rows, device=DEVICE).flip(0)[: 1 + layout.rows // 2]
+    with torch.set_grad_enabled(backward):
+        whole = TORCH.attention(qkv, layout, case[2], dropout=dropout)
+        for rows in (layout.first, some, torch.cat([some, some[:1]])):
+            out = TORCH.attention_at(qkv, layout, case[2], rows, dropout)
+            if backward:  # training computes what it always did, to the bit
+                assert torch.equal(out, whole[rows])
+            torch.testing.assert_close(out, whole[rows])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_first_queries_do_not_depend_on_neighbours(dtype):
+    """Those of a sequence in any batch, beside padding of any values: alone to rounding, and a NaN
+    stays in its own sequence."""
+    lengths = [5, 9, 9, 60, 61, 70]
+    qkv, _, layout = make((lengths, 2, 3, 3, 16), dtype=dtype)
+    together = TORCH.attention_at(qkv, layout, 3, layout.first)
+    for i, part in enumerate(qkv[: sum(lengths)].split(lengths)):
+        own = Layout.pack(lengths[i : i + 1]).to(DEVICE)
+        alone = TORCH.attention_at(part, own, 3, own.first)
+        torch.testing.assert_close(alone[0], together[i])
+    at = layout.first[4]
+    qkv[at] = torch.nan
+    spoilt = TORCH.attention_at(qkv, layout, 3, layout.first).isnan().flatten(1).any(1)
+    assert spoilt.tolist() == [False] * 4 + [True, False]
+
+
 # ---------------------------------------------------------------- long sequences
 
 

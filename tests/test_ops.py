@@ -17,7 +17,7 @@ from minift.tasks.classification import Classification
 
 FACTS = {"masters", "captured"}
 NAMES = [f.name for f in fields(Ops) if f.name not in FACTS]
-IN_MODEL = ["draw_dropout", "attention", "add_norm", "bias_gelu", "embed", "drop"]
+IN_MODEL = ["draw_dropout", "attention", "attention_at", "add_norm", "bias_gelu", "embed", "drop"]
 
 
 # ---------------------------------------------------------------- the tables
@@ -47,7 +47,7 @@ def test_the_device_chooses_the_table(monkeypatch):
 def tiny():
     """(model, batch, draw)"""
     config = ModelConfig(
-        vocab_size=20, max_len=8, n_types=2, dim=8, n_layer=1, n_head=2, ffn_dim=16,
+        vocab_size=20, max_len=8, n_types=2, dim=8, n_layer=2, n_head=2, ffn_dim=16,
         activation="gelu_erf", norm_eps=1e-12,
         embedding_dropout=0.1, hidden_dropout=0.1, attention_dropout=0.1,
         classifier_dropout=0.1, init_std=0.5, labels=("a", "b"),
@@ -80,9 +80,10 @@ def test_model_takes_this_operation_from_its_table(name):
 
 
 def test_every_other_operation_is_the_trainers():
-    """Or a decoder's; so the list above is complete. Of a language model's head
-    linear_cross_entropy is a part."""
+    """Or a decoder's, or a model's with a prefix; so the list above is complete. Of a language
+    model's head linear_cross_entropy is a part."""
     others = {"cross_entropy", "linear_cross_entropy", "adamw", "attention_step_"}
+    others |= {"attention_prefix"}  # test_adapter_training.py
     assert {*NAMES} == {*IN_MODEL, *others}
     _, batch, _ = tiny()
     logits = torch.zeros(2, 2, device=DEVICE)
@@ -129,6 +130,14 @@ def calls(dtype):
 
         return [rand(T, 6, 4)], words + kept, call
 
+    def attention_at(lengths):
+        layout = Layout.pack(lengths, T).to(DEVICE)
+
+        def call(qkv):
+            return TORCH.attention_at(qkv, layout, 2, layout.first, dropout)
+
+        return [rand(T, 6, 4)], [*words, layout.first], call
+
     def wide(*shape):
         return rand(*shape, dtype=torch.float32)
 
@@ -136,6 +145,7 @@ def calls(dtype):
         "attention, view of one": attention([10]),
         "attention, view": attention([5, 5]),
         "attention, gather": attention([3, 5]),
+        "attention_at": attention_at([3, 5]),
         "add_norm": (
             [rand(T, C), rand(T, C), wide(C), wide(C), wide(C)],
             words,

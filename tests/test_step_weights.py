@@ -8,8 +8,9 @@ from test_generate import MADE, pair, prompts_of
 from minift import step_weights
 from minift.decoder import make_weights
 from minift.generate import generate
+from minift.layers import Linear
 from minift.sampling import GenerateConfig
-from minift.step_weights import Packed, can_pack, lay_out
+from minift.step_weights import Packed, RowWeights, can_pack, lay_out
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -50,6 +51,42 @@ def test_the_model_keeps_its_parameters(dtype):
         with pytest.raises(KeyError), block():
             look()
         assert all(p is before[name] for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_a_weight_with_a_bias_adds_it(dtype):
+    """Once; and a bias that is given in its place."""
+    generator = torch.Generator().manual_seed(0)
+    weight, own, given, x = (
+        torch.randn(*shape, generator=generator).to(dtype)
+        for shape in ((48, 33), (48,), (48,), (7, 33))
+    )
+    if not can_pack(dtype):
+        pytest.skip("oneDNN does not lay out this dtype here")
+    for bias, added in ((None, own), (given, given)):
+        want = F.linear(x.double(), weight.double(), added.double())
+        error = (F.linear(x, Packed(weight, 7, own), bias).double() - want).abs().max()
+        assert error < 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
+@pytest.mark.parametrize("packs", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_weights_of_rows_have_their_biases_inside(monkeypatch, dtype, packs):
+    """Of every product whose weight is laid out; norms and tables stay, and all comes back."""
+    if not packs:
+        monkeypatch.setattr(step_weights, "can_pack", lambda dtype: False)
+    _, model = pair(0)
+    packs, before = packs and can_pack(dtype), dict(model.named_parameters())
+    with RowWeights(model, dtype).standing():
+        for name, layer in model.named_modules():
+            if isinstance(layer, Linear):
+                assert isinstance(layer.weight, Packed) == packs, name
+                assert (layer.bias is None) or not packs, name
+            elif "weight" in layer._parameters:
+                assert layer.weight is before[f"{name}.weight"]
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is p for name, p in before.items())
 
 
 @pytest.mark.parametrize("packs", [True, False])
