@@ -123,7 +123,7 @@ def attention_ref(
 ) -> Tensor:
     """The definition where q, k and v come packed: qkv (T, H + 2 * Hk, D), H = n_head, to
     (T, H, D). See `attention_kv_ref`."""
-    return attention_kv_ref(*_split(qkv, n_head), layout, causal=causal, keep=keep, p=p)
+    return attention_kv_ref(*split_heads(qkv, n_head), layout, causal=causal, keep=keep, p=p)
 
 
 def attention_probs(
@@ -146,13 +146,14 @@ def attention_probs(
     heads = tuple(range(n_head)) if heads is None else tuple(heads)
     if not all(0 <= h < n_head for h in heads):
         raise ValueError(f"expected heads in 0 to {n_head - 1}, got {list(heads)}")
-    q, k, _ = _split(qkv.detach().float(), n_head)
+    q, k, _ = split_heads(qkv.detach().float(), n_head)
     q, k = q[:, heads], k[:, [h // (n_head // k.shape[1]) for h in heads]]
     parts = zip(*(x[: sum(layout.lengths)].split(layout.lengths) for x in (q, k)), strict=True)
     return [_probabilities(q, k, causal) for q, k in parts]
 
 
-def _split(qkv, n_head):
+def split_heads(qkv: Tensor, n_head: int) -> tuple[Tensor, ...]:
+    """Views q (T, H, D), k and v (T, Hk, D)."""
     n_key = (qkv.shape[1] - n_head) // 2
     return qkv.split([n_head, n_key, n_key], dim=1)
 
@@ -289,8 +290,10 @@ def _tile(D, dtype, short, dropout):
     return options | {"SPLIT": 0 if short else SPAN // options["BLOCK_M"]}
 
 
-def _forward(q, k, v, layout, causal, dropout):
-    """out, and lse (H, T) in units of ln 2."""
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, causal: bool, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """out (T, H, D), and lse (H, T) in units of ln 2."""
     T, H, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty(H, T, dtype=torch.float32)
     arguments = *dropout_arguments(dropout), *strides(q, k, v), T, H
@@ -302,7 +305,7 @@ def _forward(q, k, v, layout, causal, dropout):
     return out, lse
 
 
-def _rows_of(dout: Tensor) -> Tensor:
+def gradient_rows(dout: Tensor) -> Tensor:
     """A gradient as kernels read it; that of a sum or a mean has strides of 0."""
     return dout if dout.stride(2) == 1 and dout.stride(0) <= 2**24 else dout.contiguous()
 
@@ -310,7 +313,7 @@ def _rows_of(dout: Tensor) -> Tensor:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, qkv, layout, n_head, causal, dropout):
-        out, lse = _forward(*_split(qkv, n_head), layout, causal, dropout)
+        out, lse = attention_forward(*split_heads(qkv, n_head), layout, causal, dropout)
         ctx.save_for_backward(qkv, out, lse)
         ctx.facts = layout, causal, dropout
         return out
@@ -320,15 +323,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout):
         qkv, out, lse = ctx.saved_tensors
         n_head, dqkv = out.shape[1], qkv.new_empty(qkv.shape)
-        saved = (*_split(qkv, n_head), out, lse)
-        attention_gradient(saved, _rows_of(dout), _split(dqkv, n_head), *ctx.facts)
+        saved = (*split_heads(qkv, n_head), out, lse)
+        attention_gradient(saved, gradient_rows(dout), split_heads(dqkv, n_head), *ctx.facts)
         return dqkv, None, None, None, None
 
 
 class _AttentionKV(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, layout, causal, dropout):
-        out, lse = _forward(q, k, v, layout, causal, dropout)
+        out, lse = attention_forward(q, k, v, layout, causal, dropout)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.facts = layout, causal, dropout
         return out
@@ -337,14 +340,15 @@ class _AttentionKV(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout):
         grads = tuple(x.new_empty(x.shape) for x in ctx.saved_tensors[:3])
-        attention_gradient(ctx.saved_tensors, _rows_of(dout), grads, *ctx.facts)
+        attention_gradient(ctx.saved_tensors, gradient_rows(dout), grads, *ctx.facts)
         return *grads, None, None, None
 
 
 # -------------------------------------------------------------------- public
 
 
-def _check_kernel(x: Tensor, layout: Layout) -> None:
+def check_kernel(x: Tensor, layout: Layout) -> None:
+    """Raises ValueError when the kernels cannot read `x` (T, heads, D)."""
     D, half = x.shape[2], x.dtype in (torch.float16, torch.bfloat16)
     if not half and x.dtype != torch.float32:
         raise ValueError(f"expected fp32, fp16 or bf16, got {x.dtype}")
@@ -381,7 +385,7 @@ def attention(
         ValueError: a shape, dtype, stride or device does not fit.
     """
     check_attention(qkv, layout, n_head)
-    _check_kernel(qkv, layout)
+    check_kernel(qkv, layout)
     check_dropout(dropout, layout.rows, max(layout.key_lengths, default=0), n_head)
     return _Attention.apply(qkv, layout, n_head, causal, dropout)
 
@@ -409,7 +413,7 @@ def attention_kv(
     for x in (q, k, v):
         if (x.dtype, x.device) != (q.dtype, q.device):
             raise ValueError(f"expected k, v in {q.dtype} on {q.device}, got {x.dtype}, {x.device}")
-        _check_kernel(x, layout)
+        check_kernel(x, layout)
     check_dropout(dropout, layout.rows, max(layout.key_lengths, default=0), q.shape[1])
     return _AttentionKV.apply(q, k, v, layout, causal, dropout)
 

@@ -19,12 +19,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .ops import IGNORE_INDEX, EmbedOrder, Layout
+from .ops import IGNORE_INDEX, EmbedOrder, Layout, Virtual
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,13 @@ class Example:
     target: int | float | Sequence[int]
     cut: bool = False  # the text was longer
     lengths: tuple[int, ...] = ()  # of its sequences; (): it is one
+
+
+class VirtualTokens(NamedTuple):
+    """What a model puts before every sequence."""
+
+    count: int
+    keys_only: bool  # keys and values of a prefix, that are no rows of the batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +63,8 @@ class Batch:
     order: EmbedOrder | None  # by tokens, positions, types, and one type for all; to train
     rows: tuple[int, ...]  # of each sequence, which example of the data; of empty ones none
     memory: Tensor  # (bytes,) uint8: where all tensors lie
+    virtual: Virtual | None = None  # where the model's virtual tokens stand; None: it finds out
+    continues: bool = False  # its tokens follow what a cache holds, virtual ones too
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,7 +73,9 @@ class Batch:
         spans = map(len, (layout.short, layout.long, layout.long_keys))
         listed = -1 if self.at is None else len(self.at)
         sizes = layout.rows, len(layout.lengths), *self.targets.shape, listed, layout.longest
-        return *sizes, *spans, int(self.order is not None)
+        where = self.virtual and self.virtual.layout
+        extra = (where.short, where.long, where.long_keys) if where else ()
+        return *sizes, *spans, int(self.order is not None), *map(len, extra)
 
     def within(self, memory: Tensor) -> "Batch":
         """The same batch with its tensors in `memory`, which holds its bytes or soon will.
@@ -77,10 +89,7 @@ class Batch:
         if memory.dtype != torch.uint8 or memory.shape != self.memory.shape:
             expected, found = (f"{tuple(x.shape)} {x.dtype}" for x in (self.memory, memory))
             raise ValueError(f"expected memory {expected}, got {found}")
-        tensors = [x for name in OWN if (x := getattr(self, name)) is not None]
-        tensors += [getattr(self.layout, name) for name in OF_LAYOUT]
-        tensors += [self.order.words] if self.order else []
-        return _within(memory, tensors, self)
+        return _within(memory, _tensors(self), self)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, by one copy; one of pinned memory does not wait."""
@@ -96,6 +105,17 @@ DENSE = 0.9  # share of tokens with a target above which listing them spares not
 WIDE = np.dtype(np.float32), np.dtype(np.uint8)  # of targets that are several numbers
 OWN = "tokens", "positions", "types", "key", "targets", "at"
 OF_LAYOUT = "first", "last", "cu_seqlens", "short", "long", "long_keys"
+OF_VIRTUAL = "source", "place", "rows"
+
+
+def _tensors(batch):
+    """All that a batch is made of, in the order of its memory."""
+    parts = [(batch, OWN), (batch.layout, OF_LAYOUT)]
+    parts += [(batch.order, ["words"])] if batch.order else []
+    if batch.virtual:
+        parts += [(batch.virtual.layout, OF_LAYOUT), (batch.virtual, OF_VIRTUAL)]
+    found = [getattr(of, name) for of, names in parts for name in names]
+    return [x for x in found if x is not None]
 
 
 def _within(memory, like, batch):
@@ -111,9 +131,12 @@ def _within(memory, like, batch):
     )
     names = [name for name in OWN if name != "at" or batch.at is not None]
     own, of_layout = (dict(zip(part, views, strict=False)) for part in (names, OF_LAYOUT))
-    order = batch.order and replace(batch.order, words=next(views))
+    order, virtual = batch.order and replace(batch.order, words=next(views)), batch.virtual
     layout = replace(batch.layout, **of_layout)
-    return replace(batch, **own, layout=layout, order=order, memory=memory)
+    if virtual:
+        wide, rest = (dict(zip(part, views, strict=False)) for part in (OF_LAYOUT, OF_VIRTUAL))
+        virtual = replace(virtual, layout=replace(virtual.layout, **wide), **rest)
+    return replace(batch, **own, layout=layout, order=order, memory=memory, virtual=virtual)
 
 
 def _room(x: Tensor | np.ndarray) -> int:
@@ -138,6 +161,7 @@ def collate(
     first: int = 0,
     train: bool = False,
     sequences: int = 0,
+    virtual: VirtualTokens | None = None,
 ) -> Batch:
     """Packs `examples[row] for row in rows`.
 
@@ -148,6 +172,8 @@ def collate(
         train: the batch gets the order that the gradient of the embeddings is added up in, and a
             shape that few batches differ in.
         sequences: to train, the batch is filled up to so many with empty ones.
+        virtual: what the model puts before every sequence; a model that is not told of finds its
+            places by itself, which waits for a GPU.
     """
     chosen = [examples[row] for row in rows]
     # Which example, where in it, and how long: sequences of a batch, the shortest first.
@@ -172,14 +198,15 @@ def collate(
     targets, at = _targets(chosen, pieces, T, len(layout.lengths))
 
     order = EmbedOrder.sort(torch.from_numpy(ids[:4])) if train else None
-    arrays = [tokens, positions, types, key, targets] + ([] if at is None else [at])
-    arrays += [getattr(layout, name).numpy() for name in OF_LAYOUT]
-    arrays += [order.words.numpy()] if train else []
-    memory = bytearray().join([part for x in arrays for part in (x, bytes(_room(x) - x.nbytes))])
-    memory = torch.frombuffer(memory, dtype=torch.uint8)
+    where = Virtual.pack(layout, *virtual, bucket=train) if virtual else None
     numbers = tuple(rows[i] for i in of)
-    batch = Batch(tokens, positions, types, key, targets, at, layout, order, numbers, memory)
-    return _within(memory, arrays, batch)
+    own = [torch.from_numpy(x) for x in (tokens, positions, types, key, targets)]
+    at = None if at is None else torch.from_numpy(at)
+    batch = Batch(*own, at, layout, order, numbers, own[0], where)
+    tensors = _tensors(batch)
+    parts = ((x.numpy(), bytes(_room(x) - x.nbytes)) for x in tensors)
+    memory = bytearray().join([part for pair in parts for part in pair])
+    return _within(torch.frombuffer(memory, dtype=torch.uint8), tensors, batch)
 
 
 def _pieces(example: Example) -> list[tuple[int, int]]:
@@ -243,6 +270,7 @@ class Batches:
     # What the examples of an epoch are, if they are not the same in all: as many, a function of it.
     vary: Callable[[int], Sequence[Example]] | None = None
     weights: np.ndarray | None = None  # (N,) above 0: how often each is drawn; None: all once
+    virtual: VirtualTokens | None = None  # what the model puts before every sequence
 
     def __len__(self) -> int:
         """Optimizer steps in an epoch; the last may be short."""
@@ -272,12 +300,12 @@ class Batches:
         """The micro-batches of each step of an epoch, from step `start` on."""
         order = self.order(epoch).tolist()
         examples = self.vary(epoch) if self.vary else self.examples
-        size = self.batch_size * self.accumulation
+        some, size = self.batch_size, self.batch_size * self.accumulation
         for k in range(start, len(self)):
             rows = order[k * size : (k + 1) * size]
             yield [
-                collate(examples, rows[i : i + self.batch_size], i, True, self.batch_size)
-                for i in range(0, len(rows), self.batch_size)
+                collate(examples, rows[i : i + some], i, True, some, self.virtual)
+                for i in range(0, len(rows), some)
             ]
 
     def buckets(self) -> tuple[int, float]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import torch_attention, torch_ops
+from . import torch_attention, torch_ops, torch_prefix
 from .kernels.adamw import AdamW
 from .kernels.add_norm import Norm, add_norm
 from .kernels.attention import attention
 from .kernels.attention import attention_probs as attention_probs_of
+from .kernels.attention_prefix import attention_prefix
 from .kernels.attention_step import attention_step_
 from .kernels.bias_gelu import bias_gelu
 from .kernels.cross_entropy import IGNORE_INDEX, cross_entropy
@@ -27,6 +28,7 @@ from .kernels.layout import Layout
 from .kernels.linear_cross_entropy import linear_cross_entropy
 from .kernels.table_gradients import TableGradients
 from .kernels.target_report import TargetReport
+from .kernels.virtual_tokens import Virtual, key_of, put_virtual
 from .torch_ops import clip_in_step
 
 __all__ = [
@@ -43,10 +45,14 @@ __all__ = [
     "Ops",
     "TableGradients",
     "TargetReport",
+    "Virtual",
     "attention_probs_of",
     "clip_in_step",
     "fill_",
+    "indexed",
+    "key_of",
     "ops_for",
+    "put_virtual",
 ]
 
 
@@ -56,6 +62,8 @@ class Ops:
 
     draw_dropout: Callable
     attention: Callable
+    attention_prefix: Callable
+    attention_at: Callable  # attention, but of some rows alone
     attention_step_: Callable
     add_norm: Callable
     bias_gelu: Callable
@@ -68,6 +76,15 @@ class Ops:
     captured: bool = False  # whether a CUDA graph of them is good for other batches of its shape
 
 
+def indexed(attention: Callable) -> Callable:
+    """`attention_at` by way of an `attention`: who puts another one into a table wants both."""
+
+    def attention_at(qkv, layout, n_head, rows, dropout=None):
+        return attention(qkv, layout, n_head, dropout=dropout).index_select(0, rows)
+
+    return attention_at
+
+
 def _adamw(groups, betas, eps, max_grad_norm, masters=None):
     return AdamW(groups, betas=betas, eps=eps, max_grad_norm=max_grad_norm, masters=masters)
 
@@ -75,6 +92,8 @@ def _adamw(groups, betas, eps, max_grad_norm, masters=None):
 TORCH = Ops(
     draw_dropout=draw_dropout_ref,
     attention=torch_attention.attention,
+    attention_prefix=torch_prefix.attention_prefix,
+    attention_at=torch_attention.attention_at,
     attention_step_=torch_attention.attention_step_,
     add_norm=torch_ops.add_norm,
     bias_gelu=torch_ops.bias_gelu,
@@ -88,6 +107,8 @@ TORCH = Ops(
 TRITON = Ops(
     draw_dropout=draw_dropout,
     attention=attention,
+    attention_prefix=attention_prefix,
+    attention_at=indexed(attention),
     attention_step_=attention_step_,
     add_norm=add_norm,
     bias_gelu=bias_gelu,
