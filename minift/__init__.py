@@ -9,6 +9,7 @@ from .generate import generate
 from .ops import TORCH, TRITON
 from .run import fine_tune
 from .sampling import GenerateConfig
+from .saving import Adapters, load, save
 from .search import SearchConfig, search
 from .splits import overlap, stratified_split, with_texts
 from .stream_text import generate_text, stream_text
@@ -25,11 +26,12 @@ from .text_metrics import text_metrics
 from .tokenizer import Tokenizer
 from .train import Diverged, Step, TrainState, train
 from .trials import fine_tune_seeds
-from .weights import load, load_model, save, save_model
+from .weights import load_model, save_model
 
 __all__ = [
     "TORCH",
     "TRITON",
+    "Adapters",
     "Batches",
     "Classification",
     "Columns",

@@ -10,8 +10,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,18 +26,17 @@ from .config import ModelConfig, RunConfig, TrainConfig
 from .data import Columns
 from .errors import InputError
 from .files import write_file
-from .hub import locate
-from .layers import Shadows
 from .prefetch import made_ahead
 from .prepare import check_flags, length_limit, pick_device
 from .responses import respond
 from .sampling import FLAGS, GenerateConfig
+from .saving import Adapters, adapter_over, base_of, load, trained_config
+from .step_weights import cast_once
 from .tasks import TASKS
 from .tasks.instruct import Instruct
 from .tasks.task import File, Said, Setup, Task
 from .tokenizer import Tokenizer
 from .train import compute_dtype
-from .weights import load, read_config
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,38 @@ def load_trained(args: argparse.Namespace) -> Loaded:
     Raises:
         InputError: it cannot be loaded, or a setting does not fit it.
     """
-    folder = locate(args.model, args.revision, args.token)
-    config = read_config(folder)
+    folder, base = adapter_over(args.model, args.adapter or [], args.revision, args.token)
+    config = trained_config(folder, base)
+    return _loaded(args, config, lambda limit: load(folder, None, limit, base=base))
+
+
+def load_each(args: argparse.Namespace) -> Iterator[Loaded]:
+    """The model of `args`, or each of its adapters over that, which is read once. The last one is
+    over when the next comes.
+
+    Raises:
+        InputError: see `load_trained`.
+    """
+    if len(args.adapter or []) < 2:
+        yield load_trained(args)
+        return
+    adapters = None
+    for name in args.adapter:
+        folder, base = adapter_over(args.model, [name], args.revision, args.token)
+        adapters = adapters or Adapters(base or base_of(folder))
+        config = trained_config(folder, adapters.base)
+        yield _loaded(args, config, lambda limit: adapters.use(folder, limit))  # noqa: B023
+
+
+def _loaded(
+    args: argparse.Namespace,
+    config: ModelConfig,
+    load_it: Callable[[int], tuple[nn.Module, Tokenizer]],
+) -> Loaded:
     settings = as_trained(args, config)
     device = pick_device(settings.device)
-    limit = length_limit(settings.max_seq_length, config.max_len)
-    model, tokenizer = load(folder, max_length=limit, head=config.head)
+    limit = length_limit(settings.max_seq_length, config.room)
+    model, tokenizer = load_it(limit)
     tokenizer.max_length = settings.max_seq_length or tokenizer.max_length  # what is asked for wins
     task = TASKS[settings.task].trained(Setup(settings, TrainConfig(), model, tokenizer))
     dtype = compute_dtype(TrainConfig(dtype=args.dtype), device)
@@ -96,14 +120,6 @@ def task_of(config: ModelConfig) -> type[Task]:
     tokens = "lm" if config.kind.decoder else "mlm"
     of_head = {"lm": tokens, "tokens": "tagging", "span": "qa", "classifier": "classification"}
     return TASKS[config.task or of_head[config.head]]
-
-
-@contextmanager
-def cast_once(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """In this block the model's products find their weights in `dtype`, and nothing is kept for a
-    backward pass."""
-    with torch.inference_mode(), Shadows(model, dtype).standing():
-        yield
 
 
 # ---------------------------------------------------------------- eval
@@ -232,18 +248,16 @@ def responses(args: argparse.Namespace, loaded: Loaded) -> dict[str, float]:
 
 def predict(args: argparse.Namespace) -> int:
     """`minift predict`: a JSON object a row, in their order, and nothing else on stdout."""
-    loaded, start = load_trained(args), time.perf_counter()
-    if type(loaded.task).predict is Task.predict:
-        raise InputError(
-            f"{args.model}: knows no labels, it predicts tokens: use minift generate, or train it"
-        )
-    answers = Answers(args, loaded)
+    start = time.perf_counter()
+    answers = Answers(args)
+    if len(args.adapter or []) > 1 and not (args.data or args.text):
+        raise InputError("expected texts or --data for several adapters: lines come but once")
     if args.output_file:
         write_file(answers_file(args.output_file, args.data), answers.write_to)
     else:
         answers.write(sys.stdout)
     if cut := answers.cut:
-        limit = loaded.tokenizer.max_length
+        limit = answers.loaded.tokenizer.max_length
         text = f"{cut:,} of {answers.count:,} texts are longer than {limit} tokens and cut there"
         say(f"WARNING: {text}")
     if not args.quiet:
@@ -270,22 +284,39 @@ class Answers:
     """The answers to all rows, and how many there are."""
 
     args: argparse.Namespace
-    loaded: Loaded
+    loaded: Loaded | None = None
     count: int = 0
     cut: int = 0
 
     def write(self, out: Any) -> None:
-        """A line for each row, with the row's id if it has one; whole blocks of them.
+        """A line for each row, with the row's id if it has one; whole blocks of them. Of several
+        adapters one after the other, and each line says whose it is.
 
         Args:
             out: a file of text, which stays open.
 
         Raises:
-            InputError: a row is not as it should be.
+            InputError: a row is not as it should be, or the model has no answers.
         """
+        several = self.args.adapter if len(self.args.adapter or []) > 1 else [None]
+        for name, loaded in zip(several, load_each(self.args), strict=True):
+            self.loaded, said = loaded, {} if name is None else {"adapter": name}
+            if type(loaded.task).predict is Task.predict:
+                raise InputError(
+                    f"{name or self.args.model}: knows no labels, it predicts tokens: use minift "
+                    "generate, or train it"
+                )
+            try:
+                self.write_rows(out, said)
+            except InputError as error:
+                raise error if name is None else InputError(f"{name}: {error}") from None
+
+    def write_rows(self, out: Any, said: dict[str, str]) -> None:
+        """The answers of the loaded model to all rows, each with what is `said` of it."""
         for rows in self.rows():
             with cast_once(self.loaded.model, self.loaded.dtype):
-                lines = [json.dumps(answer, ensure_ascii=False) for answer in self.answer(rows)]
+                found = [said | answer for answer in self.answer(rows)]
+            lines = (json.dumps(answer, ensure_ascii=False) for answer in found)
             out.write("".join(f"{line}\n" for line in lines))
             out.flush()
 

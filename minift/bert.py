@@ -17,15 +17,17 @@ from .layers import (
     Embedding,
     LayerNorm,
     Linear,
+    Past,
     Projected,
     Projection,
+    attend,
     linear,
     matmul,
     norm,
     run_block,
     token_dropout,
 )
-from .ops import Draw, Dropout, Layout, Ops, ops_for
+from .ops import Draw, Dropout, Layout, Ops, ops_for, put_virtual
 
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu}  # between the head's two layers
 
@@ -59,22 +61,21 @@ class Block(nn.Module):
         ops: Ops,
         dropout: Dropout | None,
         rows: Tensor | None,  # (N,): only these are needed after attention
+        past: Past | None,
     ) -> tuple[Tensor, Tensor]:
         H, p, site = self.config.n_head, self.config.hidden_dropout, self.site
         drop = dropout and dropout.at(site, self.config.attention_dropout)
-        qkv = linear(x, self.attention.qkv).view(len(x), 3 * H, -1)  # (T, 3H, D)
-        o = ops.attention(qkv, layout, H, dropout=drop).flatten(1)  # (T, C)
-        if rows is not None:
-            o, residual = o.index_select(0, rows), residual.index_select(0, rows)  # (N, C)
+        qkv = linear(x, self.attention.qkv, ops, dropout).unflatten(1, (3 * H, -1))  # (T, 3H, D)
+        o = attend(ops, qkv, layout, past, H, False, drop, rows).flatten(1)  # (T, C), or (N, C)
+        residual = residual if rows is None else residual.index_select(0, rows)
         drop = dropout and dropout.at(site + 1, p, rows)
-        o = matmul(o, self.attention.out)
+        o = matmul(o, self.attention.out, ops, dropout, rows)
         bias = self.attention.out.bias
         x, residual = ops.add_norm(o, residual, norm(self.attention.norm), bias, drop, post=True)
-        h = ops.bias_gelu(
-            matmul(x, self.mlp.up), self.mlp.up.bias, self.config.activation
-        )  # (T, F)
+        h = matmul(x, self.mlp.up, ops, dropout, rows)
+        h = ops.bias_gelu(h, self.mlp.up.bias, self.config.activation)  # (T, F)
         drop = dropout and dropout.at(site + 2, p, rows)
-        h, bias = matmul(h, self.mlp.down), self.mlp.down.bias
+        h, bias = matmul(h, self.mlp.down, ops, dropout, rows), self.mlp.down.bias
         return ops.add_norm(h, residual, norm(self.mlp.norm), bias, drop, post=True)
 
 
@@ -87,8 +88,9 @@ class Bert(Body):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
 
     def embed(self, batch: Batch, ops: Ops, dtype: torch.dtype, drop: Dropout | None) -> Tensor:
-        """(T, C) the input of the first block."""
-        e, offset, types = self.embeddings, self.config.position_offset, self.config.n_types
+        """(T, C) the input of the first block, of a batch as layers see it."""
+        e, types = self.embeddings, self.config.n_types
+        offset = self.config.position_offset + self.shift(batch)
         ids, tables = [batch.tokens, batch.positions], [e.word.weight, e.position.weight]
         lines = [0, 1]  # of batch.order
         if offset:
@@ -97,8 +99,18 @@ class Bert(Body):
             ids.append(batch.types if types > 1 else torch.zeros_like(batch.types))
             tables.append(e.token_type.weight)
             lines.append(2 if types > 1 else 3)
-        order = batch.order and batch.order.pick(*lines)
-        return ops.embed(tuple(ids), tuple(tables), norm(e.norm), dtype, drop, order)
+        order, own = batch.order and batch.order.pick(*lines), drop if self.prompt is None else None
+        x = ops.embed(tuple(ids), tuple(tables), norm(e.norm), dtype, own, order)
+        if self.prompt is None:
+            return x
+        return ops.drop(put_virtual(x, self.prompted(ops).to(dtype), batch.virtual), drop)
+
+    def prompted(self, ops: Ops) -> Tensor:
+        """(P, C) the prompt as the input of the first block: it has positions, and the type 0."""
+        e, first = self.embeddings, self.config.position_offset
+        s = self.prompt() + e.position.weight[first : first + self.prompt.count]
+        s = s if e.token_type is None else s + e.token_type.weight[0]
+        return ops.add_norm(s, None, norm(e.norm))[0]
 
     def forward(
         self,
@@ -125,14 +137,14 @@ class Bert(Body):
         Raises:
             ValueError: a sequence is longer than the position table.
         """
-        config = self.config
-        check_length(batch.layout, config.max_len)
-        ops = ops or ops_for(batch.tokens.device)
+        config, batch = self.config, self.seen(batch)
+        check_length(batch.layout, self.room if self.prefix else config.max_len)
+        ops, past = ops or ops_for(batch.tokens.device), self.past(batch, dtype)
         x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.embedding_dropout))
         residual = x
         for i, block in enumerate(self.layers):
             wanted = rows if i == config.n_layer - 1 else None
-            given = x, residual, batch.layout, ops, dropout, wanted
+            given = x, residual, batch.layout, ops, dropout, wanted, past[i]
             x, residual = run_block(block, checkpointing, *given)
         return x
 
@@ -174,7 +186,8 @@ class BertClassifier(nn.Module):
             self.config.classifier_dropout,
             1 + 3 * self.config.n_layer,
         )
-        first, ops = batch.layout.first, ops or ops_for(batch.tokens.device)
+        batch, ops = self.bert.seen(batch), ops or ops_for(batch.tokens.device)
+        first = batch.layout.first  # of a prompt, its first
         dropout = self.bert.draw(draw, batch, ops)
         x = self.bert(batch, ops, dtype, dropout, first, checkpointing)  # (B, C)
         if kind.drop_first:
@@ -206,6 +219,7 @@ class BertTokens(nn.Module):
         """Logits (N, labels) of the rows `batch.at`, or (T, labels) of all; arguments as
         `BertClassifier`'s."""
         ops, site = ops or ops_for(batch.tokens.device), 1 + 3 * self.config.n_layer
+        batch = self.bert.seen(batch)
         dropout = self.bert.draw(draw, batch, ops)
         x = self.bert(batch, ops, dtype, dropout, batch.at, checkpointing)
         x = ops.drop(x, dropout and dropout.at(site, token_dropout(self.config), batch.at))
@@ -243,6 +257,7 @@ class BertMasked(nn.Module):
     ) -> Projected:
         """Logits of the rows `batch.at`, not multiplied out; arguments as `BertClassifier`'s."""
         config, head, ops = self.config, self.head, ops or ops_for(batch.tokens.device)
+        batch = self.bert.seen(batch)
         dropout = self.bert.draw(draw, batch, ops)
         x = self.bert(batch, ops, dtype, dropout, batch.at, checkpointing)  # (N, C)
         kind = config.kind.lm_head.activation or config.activation

@@ -1,6 +1,7 @@
 """Checkpoints: everything a resume needs, whole or not there.
 
     checkpoint-120/    config.json model.safetensors tokenizer.json tokenizer_config.json
+                       (of an adapter its own files, and not the model's: see adapter_files.py)
                        optimizer.safetensors    what the optimizer keeps, by parameter name
                        state.json               steps done, and what the run remembers
 
@@ -21,9 +22,9 @@ from torch import nn
 from .errors import InputError
 from .files import cannot_write, read_json, write_file, write_folder, write_json
 from .optim import kept, leaves_of
+from .saving import restore, save_trained
 from .tokenizer import Tokenizer
 from .train import TrainState
-from .weights import read_weights, save_model
 
 
 def save_checkpoint(
@@ -51,7 +52,7 @@ def save_checkpoint(
     }
 
     def fill(folder: Path) -> None:
-        save_model(model, folder)
+        save_trained(model, folder)
         tokenizer.save(folder)
         write_file(folder / "optimizer.safetensors", lambda p: save_file(moments, p))
         threads = torch.get_num_threads()
@@ -71,7 +72,7 @@ def load_checkpoint(path: Path, model: nn.Module, state: TrainState) -> dict[str
         InputError: a file is missing or damaged, or belongs to other parameters.
     """
     saved = read_json(path / "state.json", ("step", "threads", "run"))
-    read_weights(model, path / "model.safetensors")
+    restore(model, path)
     try:
         moments = load_file(path / "optimizer.safetensors")
     except (SafetensorError, OSError) as error:

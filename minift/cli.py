@@ -1,4 +1,4 @@
-"""`minift train | search | eval | predict | generate | inspect | demo`: from words to a call.
+"""`minift train | search | eval | predict | generate | inspect | merge | demo`: words to a call.
 
 Flags of `train` are the fields of RunConfig and TrainConfig; `-` and `_` are the same, and a TOML
 file given with --config sets the same names. Bad input is one line on stderr and exit status 2.
@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 
 from .config import RunConfig, TrainConfig, as_setting
 from .errors import InputError, unknown
+from .methods import check_read, rate_of
 
 COMMANDS = {
     "train": "fine-tune a model, or train one from nothing",
@@ -25,6 +26,7 @@ COMMANDS = {
     "predict": "label texts",
     "generate": "continue texts, or answer prompts",
     "inspect": "say what a model folder holds",
+    "merge": "make a model of a LoRA adapter and its base",
     "demo": "train a small BERT, or GPT, on text that is on this machine",
 }
 
@@ -43,6 +45,8 @@ RULES = (
     "layer_lr_decay",
     "head_lr",
     "lr_rules",
+    *("lora_r", "lora_alpha", "lora_targets", "num_virtual_tokens", "prefix_projection"),
+    "prefix_hidden_size",
 )
 
 # Settings of a run that a trained model reads as well, if its task does.
@@ -138,20 +142,17 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     for name in ("eval", "predict", "inspect"):
         subs[name].add_argument("--revision", help="branch, tag or commit of a hub id")
         subs[name].add_argument("--token", help="of a private hub id; or HF_TOKEN, `hf auth login`")
-    model = {"dest": "model", "required": True, "metavar": "DIR", "help": "a trained model: a "
-             "folder or a hub id"}  # fmt: skip
+    model = {"dest": "model", "metavar": "DIR", "help": "a trained model: a folder or a hub id; or "
+             "the base of --adapter"}  # fmt: skip
     for name in ("eval", "predict"):
         subs[name].add_argument("--model", "--model_name_or_path", **model)
+        subs[name].add_argument("--adapter", action="append", metavar="DIR", help="over "
+                                "the model, in place of the base that it names; predict takes "
+                                "several")  # fmt: skip
         subs[name].add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
         add_config(subs[name], RunConfig, TRAINED)
-    subs["eval"].add_argument(
-        "--data",
-        "--test_file",
-        "--test",
-        required=True,
-        metavar="FILE",
-        help="CSV, TSV or JSON lines with labels",
-    )
+    subs["eval"].add_argument("--data", "--test_file", "--test", required=True, metavar="FILE",
+                              help="CSV, TSV or JSON lines with labels")  # fmt: skip
     predict.add_argument("text", nargs="*", help="texts to label; none: --data, or lines of stdin")
     predict.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON lines, or a text a line")
     predict.add_argument("--output_file", metavar="FILE", help="for the answers, in place of "
@@ -161,6 +162,11 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         "model", metavar="DIR", help="a model folder, a hub id, or a configuration file"
     )
     add_config(subs["inspect"], TrainConfig, RULES)
+    subs["merge"].add_argument("--model", metavar="DIR", help="the adapter, or its base")
+    for name in ("merge", "inspect"):
+        subs[name].add_argument("--adapter", action="append", default=[], metavar="DIR",
+                                help="over the model, in place of its own base")  # fmt: skip
+    subs["merge"].add_argument("--output_dir", "--output", required=True, help="new folder")
     add_arguments(subs["generate"])
     add_config(subs["eval"], GenerateConfig, FLAGS)
     demo = subs["demo"]
@@ -228,12 +234,15 @@ def settings_of(content: dict[str, Any], path: str) -> dict[str, Any]:
 
 def configurations(args: argparse.Namespace) -> tuple[RunConfig, TrainConfig]:
     """Both configurations of `train`: flags over the TOML file over defaults."""
-    given = read_toml(args.config) if args.config else {}
-    return make_configs(given | vars(args))
+    given = (read_toml(args.config) if args.config else {}) | vars(args)
+    check_read(given)
+    return make_configs(given)
 
 
 def make_configs(given: dict[str, Any]) -> tuple[RunConfig, TrainConfig]:
     """Both configurations of names and values; other names may be among them."""
+
+    given = rate_of(given) | given
 
     def make(config):
         return config(**{f.name: given[f.name] for f in fields(config) if f.name in given})

@@ -1,5 +1,5 @@
-"""What `train` and `inspect` do and print, and what all commands share: results go to stdout,
-progress to stderr."""
+"""What `train`, `inspect` and `merge` do and print, and what all commands share: results go to
+stdout, progress to stderr."""
 
 import argparse
 import codecs
@@ -9,12 +9,16 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 
+from .adapters import merge as merge_adapter
 from .config import RunConfig, TrainConfig
 from .data import Columns, Row, read_texts
-from .describe import describe
+from .describe import describe, describe_adapter
 from .errors import InputError, Notice
+from .methods import rate_of
 from .run import Evaluation, Finished, fine_tune
+from .saving import adapter_over, load, save
 from .train import Step
 
 PLAIN_SECONDS = 10.0  # between lines of progress when stderr is no terminal
@@ -24,7 +28,7 @@ BLOCK = 256  # texts that are answered together
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command that `args` names; returns the exit status."""
-    return {"train": train, "inspect": inspect}[args.command](args)
+    return {"train": train, "inspect": inspect, "merge": merge}[args.command](args)
 
 
 def say(text: str) -> None:
@@ -158,5 +162,24 @@ def stdin_row(line: bytes, number: int) -> Row:
 def inspect(args: argparse.Namespace) -> int:
     """`minift inspect`: what a model folder holds and would do."""
     given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if hasattr(args, f.name)}
-    print(describe(args.model, TrainConfig(**given), args.revision, args.token))
+    config = TrainConfig(**rate_of(given) | given)
+    if not args.adapter:
+        print(describe(args.model, config, args.revision, args.token))
+        return 0
+    folder, base = adapter_over(args.model, args.adapter, args.revision, args.token)
+    print(describe_adapter(folder, base))
+    return 0
+
+
+def merge(args: argparse.Namespace) -> int:
+    """`minift merge`: a model whose weights hold what LoRA had learned beside them."""
+    output = Path(args.output_dir)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: is there already and not empty: choose another folder")
+    folder, base = adapter_over(args.model, args.adapter)
+    model, tokenizer = load(folder, base=base)
+    merge_adapter(model)
+    save(model, tokenizer, output)
+    if not args.quiet:
+        say(f"{output}: a model of its own, for minift and transformers")
     return 0

@@ -56,6 +56,7 @@ class ModelConfig:
     task: str = ""                   # what it was trained for; "": nobody says
     template: tuple[str, str] | None = None  # of prompts and responses, of an instructed model
     settings: dict[str, Any] = field(default_factory=dict)  # what its task must know to predict
+    adapter: dict[str, Any] = field(default_factory=dict)  # of which kind, over which base
     raw: dict[str, Any] = field(default_factory=dict, compare=False)  # config.json as it was read
 
     @staticmethod
@@ -103,6 +104,7 @@ class ModelConfig:
             task=_task(raw),
             template=tuple(template) if texts else None,
             settings=settings if isinstance(settings, dict) else {},
+            adapter=adapter if isinstance(adapter := raw.get("adapter"), dict) else {},
             raw=dict(raw),
         )
         if config.max_len < 1:
@@ -119,6 +121,12 @@ class ModelConfig:
         return FAMILIES[self.family]
 
     @property
+    def room(self) -> int:
+        """Tokens of the longest text: virtual ones have positions, too."""
+        count = self.adapter.get("count") if self.adapter.get("method") != "lora" else 0
+        return self.max_len - (count if isinstance(count, int) else 0)
+
+    @property
     def trained_head(self) -> bool:
         """Whether config.json is that of a model with this head: not of a bare encoder, or of a
         model for another task."""
@@ -129,10 +137,10 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The content of config.json: what was read, with the labels of the trained head."""
-        old = {"_name_or_path", "torch_dtype", "task", "template", "task_settings"}
+        old = {"_name_or_path", "torch_dtype", "task", "template", "task_settings", "adapter"}
         known = {"pairs": self.pairs, "task": self.task or None}
         known["template"] = self.template and list(self.template)
-        known["task_settings"] = self.settings or None
+        known["task_settings"], known["adapter"] = self.settings or None, self.adapter or None
         if self.head in LABELLED:
             known["id2label"] = {str(i): name for i, name in enumerate(self.labels)}
             known["label2id"] = {name: i for i, name in enumerate(self.labels)}
@@ -239,7 +247,8 @@ def flag(default: Any, help: str, *aliases: str, choices: tuple[str, ...] = ()) 
 class TrainConfig:
     """How a model is trained."""
 
-    learning_rate: float = flag(5e-5, "peak learning rate", "lr")
+    learning_rate: float = flag(5e-5, "peak learning rate; where none is given 3e-3 of bitfit, "
+                                      "1e-3 of lora, 3e-2 of prompt, 1e-2 of prefix", "lr")
     num_train_epochs: float = flag(3.0, "passes over the training rows", "epochs")
     max_steps: int = flag(0, "stop after so many optimizer steps; 0: as num_train_epochs says")
     per_device_train_batch_size: int = flag(32, "sequences in a micro-batch", "batch_size")
@@ -263,8 +272,20 @@ class TrainConfig:
                       "kernel", choices=("auto", "off"))
     gradient_checkpointing: bool = flag(False, "less memory for a third more work: backward "
                                                "computes each layer again")
-    method: str = flag("full", "bitfit trains the head and the biases alone",
-                       choices=("full", "bitfit"))
+    method: str = flag("full", "what is trained: all; biases and head (bitfit); beside a frozen "
+                       "model and the head thin matrices (lora), virtual tokens (prompt), keys and "
+                       "values (prefix)", choices=("full", "bitfit", "lora", "prompt", "prefix"))
+    lora_r: int = flag(8, "rank of the thin matrices")
+    lora_alpha: float = flag(16.0, "what they add is scaled by lora_alpha / lora_r")
+    lora_dropout: float = flag(0.0, "of what they read")
+    lora_targets: str = flag("q,v", "products of a layer that have some: of q, k, v, out, up, "
+                                    "down; 'all'; or names as in files")
+    num_virtual_tokens: int = flag(20, "of a prompt or prefix")
+    prompt_init: str = flag("vocab", "what they begin as: words drawn from the vocabulary, or "
+                                     "random numbers", choices=("vocab", "random"))
+    prompt_init_text: str = flag("", "or these words, over and over")
+    prefix_projection: bool = flag(False, "a prefix is made by an MLP while it is trained")
+    prefix_hidden_size: int = flag(0, "width of that MLP; 0: the model's")
     freeze: str = flag("", "what stays as it is: 'embeddings,layers:0-9', 'layers.*.mlp.*'")
     layer_lr_decay: float = flag(1.0, "a layer learns at this times the rate of the one above it")
     head_lr: float = flag(0.0, "learning rate of the head; 0: as all others")
@@ -279,7 +300,9 @@ class TrainConfig:
             ("warmup_steps", 0, 1e12), ("weight_decay", 0, 1e3), ("momentum", 0, 0.999999),
             ("adam_beta1", 0, 0.999999), ("adam_beta2", 0, 0.9999999), ("adam_epsilon", 0, 1),
             ("max_grad_norm", 0, 1e9), ("label_smoothing_factor", 0, 1), ("seed", 0, 2**63 - 1),
-            ("layer_lr_decay", 0, 1), ("head_lr", 0, 1e3),
+            ("layer_lr_decay", 0, 1), ("head_lr", 0, 1e3), ("lora_r", 1, 1e6),
+            ("lora_alpha", 1e-6, 1e6), ("lora_dropout", 0, 0.99), ("num_virtual_tokens", 1, 1e6),
+            ("prefix_hidden_size", 0, 1e6),
         ):
             value = getattr(self, name)
             if not low <= value <= high:  # NaN compares false

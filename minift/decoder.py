@@ -10,7 +10,8 @@
     lengths                  2        1      -1       -1
 
 A prompt is read up to its last token, which the next step takes: that step makes the prompt's first
-new token, so that only steps choose tokens. Neither prompts nor steps are padded.
+new token, so that only steps choose tokens. Neither prompts nor steps are padded. Virtual tokens,
+if the model has some, are read with the prompt: they are the first in a slot.
 
 Slots in use are the first ones, so a step costs what they cost. All of it stays where it is: on a
 GPU a step is captured in a CUDA graph, once for each power of two of slots, and replayed.
@@ -26,8 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batch import Batch, Example, collate
-from .layers import Projected
-from .ops import IGNORE_INDEX, KeyValues, Layout, Ops, fill_, ops_for
+from .layers import Projected, body_of
+from .ops import IGNORE_INDEX, KeyValues, Layout, Ops, Virtual, fill_, ops_for
 from .step import CudaGraphs
 from .step_weights import FEW, StepWeights
 
@@ -45,7 +46,7 @@ class Room:
     """What a decoder has room for."""
 
     slots: int  # S, sequences in a step
-    tokens: int  # L, of the longest sequence
+    tokens: int  # L, of the longest sequence, virtual ones not counted
 
 
 class Decoder:
@@ -76,7 +77,9 @@ class Decoder:
         self.ops = ops or ops_for(self.device)
         self.tokens = torch.zeros(S, dtype=torch.int64, device=self.device)
         self.lengths = torch.full((S,), EMPTY, dtype=torch.int32, device=self.device)
-        size = config.n_layer, 2, S, H, room.tokens, D
+        virtual = body_of(model).virtual
+        self.virtual = virtual.count if virtual else 0
+        size = config.n_layer, 2, S, H, self.virtual + room.tokens, D
         self.memory = torch.empty(size, dtype=dtype, device=self.device)
         pays = dtype != torch.float32 or S >= FEW
         self._weights = weights or (make_weights(model, dtype, S) if pays else None)
@@ -96,15 +99,16 @@ class Decoder:
             prompts: (P,) int64 token ids, one at least in each.
             slots: the place of each.
         """
-        long = [i for i, prompt in enumerate(prompts) if len(prompt) > 1]
+        long = [i for i, prompt in enumerate(prompts) if len(prompt) > 1 or self.virtual]
         if long:
             examples = [Example(prompts[i][:-1], (), IGNORE_INDEX) for i in long]
             batch = collate(examples, range(len(examples)))
-            batch = replace(batch, at=batch.layout.last[:1]).to(self.device)
+            one = batch.layout.last[:1][: len(batch.tokens)]  # what is kept of the last layer
+            batch = replace(batch, at=one).to(self.device)
             self._forward(batch, [slots[long[row]] for row in batch.rows])
         at = torch.tensor(slots, device=self.device)
         self.tokens[at] = torch.tensor([int(p[-1]) for p in prompts], device=self.device)
-        lengths = [len(prompt) - 1 for prompt in prompts]
+        lengths = [self.virtual + len(prompt) - 1 for prompt in prompts]
         self.lengths[at] = torch.tensor(lengths, dtype=torch.int32, device=self.device)
 
     def _forward(self, batch: Batch, slots: list[int] | None) -> Projected:
@@ -121,7 +125,16 @@ class Decoder:
             fill_(KeyValues(*self.memory[layer]), qkv, layout, slots)
             return self.ops.attention(qkv, layout, n_head, causal, dropout)
 
-        ops, weights = replace(self.ops, attention=attention), self._weights
+        def attention_prefix(qkv, prefix, layout, n_head, causal=False, dropout=None, where=None):
+            nonlocal layer
+            layer += 1
+            at = Virtual.pack(layout, len(prefix)).to(qkv.device)
+            heads = torch.cat([prefix.new_zeros(len(prefix), n_head, prefix.shape[2]), prefix], 1)
+            fill_(KeyValues(*self.memory[layer]), at.gather(qkv, heads), at.layout, slots)
+            return self.ops.attention_prefix(qkv, prefix, layout, n_head, causal, dropout, where)
+
+        ops = replace(self.ops, attention=attention, attention_prefix=attention_prefix)
+        weights = self._weights
         stands = weights and (weights.stepping if slots is None else weights.standing)
         with stands() if stands else nullcontext():
             return self.model(batch, ops, self.dtype)
@@ -159,13 +172,14 @@ class Decoder:
         """A token of each of the first n slots, as n sequences."""
         layout, positions = Layout.pack([1] * n).to(self.device), torch.zeros_like(self.tokens[:n])
         tokens, none = self.tokens[:n], positions[:0]
-        return Batch(tokens, positions, none, none, none, None, layout, None, (), none)
+        own = tokens, positions, none, none, none, None, layout, None, (), none
+        return Batch(*own, continues=True)
 
     @torch.no_grad()
     def gather(self, source: Tensor, tokens: int) -> None:
         """In memory slot i becomes what slot `source[i]` was, of at most so many tokens; for the
         first slots."""
-        used = self.memory[:, :, :, :, :tokens]
+        used = self.memory[:, :, :, :, : self.virtual + tokens]
         used[:, :, : len(source)] = used.index_select(2, source)
 
     @torch.no_grad()

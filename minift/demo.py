@@ -21,9 +21,9 @@ from .errors import InputError
 from .files import make_folder, write_file
 from .run import Finished
 from .sampling import GenerateConfig
+from .saving import load
 from .stream_text import generate_text
 from .tasks.classification import predict
-from .weights import load
 
 SMALL_GPT = {
     "model_type": "gpt2",

@@ -1,12 +1,16 @@
 """What a model folder, or a configuration, would become: before anything is trained."""
 
+import re
 from pathlib import Path
 
 from torch import nn
 
+from .adapter_files import in_peft, is_adapter
+from .adapters import ADAPTERS, Adapter, adapt
 from .config import ModelConfig, TrainConfig
 from .hub import locate
 from .methods import format_rules, group_of
+from .saving import base_of, load
 from .scratch import random_model, read_new_config
 from .tokenizer import Tokenizer
 from .train import TrainState
@@ -40,6 +44,8 @@ def describe(
         parts = [_sizes(name, model.config), "  a configuration: the weights would be random"]
         return "\n".join([*parts, _groups(model, None), _rules(model, config)])
     folder = locate(name, revision, token)
+    if is_adapter(folder):
+        return describe_adapter(folder)
     read = read_config(folder)
     tokenizer = load_tokenizer(folder, read, read.max_len)
     head = head or _usual_head(read)
@@ -52,7 +58,7 @@ def describe(
             _predicts(read, head, trained),
             str(report),
             _groups(model, report),
-            _rules(model, config),
+            _rules(model, config, tuple(report.new)),
         ]
     )
 
@@ -109,5 +115,38 @@ def _groups(model: nn.Module, report: LoadReport | None) -> str:
     return "\n".join(["  group          parameters  stored as", *lines])
 
 
-def _rules(model: nn.Module, config: TrainConfig) -> str:
+def describe_adapter(folder: Path, base: str | None = None) -> str:
+    """What an adapter's folder holds, as text.
+
+    Args:
+        folder: of the adapter.
+        base: in place of the one that it names.
+
+    Raises:
+        InputError: it cannot be loaded, or does not fit the base.
+    """
+    model, _ = load(folder, base=base)
+    adapter, config = model.adapter, model.config
+    what = f"{adapter.count} virtual tokens"
+    if adapter.method == "lora":
+        what = f"rank {adapter.r}, alpha {adapter.alpha:g}, of {', '.join(adapter.targets)}"
+    elsewhere = "" if in_peft(config, adapter) else "; PEFT has no model for it"
+    own = ", ".join(model.head_groups) or "no head"
+    added = [p for n, p in model.named_parameters() if re.search(r"\.(lora|prompt|prefix)\.", n)]
+    heads = [p for n, p in model.named_parameters() if n in adapter.whole]
+    counts = [sum(p.numel() for p in part) for part in (added, heads)]
+    return "\n".join(
+        [
+            _sizes(str(folder), config),
+            f"  adapter    {adapter.method}, {what}{elsewhere}",
+            f"  base       {base or config.adapter.get('base') or base_of(folder)}",
+            f"  parameters {counts[0]:,} of the adapter, {counts[1]:,} of {own}",
+            _predicts(config, config.head, True),
+        ]
+    )
+
+
+def _rules(model: nn.Module, config: TrainConfig, new: tuple[str, ...] = ()) -> str:
+    if config.method in ADAPTERS:
+        adapt(model, Adapter.of(config, model.config), new)
     return "  the rules of `minift train`\n" + format_rules(TrainState.new(model, config).groups)

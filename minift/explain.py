@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch
-from .ops import Ops, attention_probs_of, ops_for
+from .ops import Ops, Virtual, attention_probs_of, indexed, ops_for
 
 
 @torch.no_grad()
@@ -34,7 +34,8 @@ def attention_probs(
 
     Returns:
         By layer, for each sequence of the batch, in its order (shortest first), a (heads, L, L)
-        fp32 tensor whose rows sum to 1.
+        fp32 tensor whose rows sum to 1. Virtual tokens come first: those of a prompt are rows and
+        columns, those of a prefix columns.
 
     Raises:
         ValueError: a layer or head that the model does not have.
@@ -55,5 +56,16 @@ def attention_probs(
         layer += 1
         return ops.attention(qkv, layout, n_head, causal, dropout)
 
-    model(batch, ops=replace(ops, attention=attention))
+    def attention_prefix(qkv, prefix, layout, n_head, causal=False, dropout=None, virtual=None):
+        # As rows of the batch a prefix gives the same probabilities; its own queries are none.
+        where = Virtual.pack(layout, len(prefix)).to(qkv.device)
+        queries = prefix.new_zeros(len(prefix), n_head, prefix.shape[2])
+        wide = where.gather(qkv, torch.cat([queries, prefix], 1))
+        out = attention(wide, where.layout, n_head, causal)
+        if layer - 1 in seen:
+            seen[layer - 1] = [probs[:, len(prefix) :] for probs in seen[layer - 1]]
+        return out.index_select(0, where.place)
+
+    looking = replace(ops, attention=attention, attention_at=indexed(attention))
+    model(batch, ops=replace(looking, attention_prefix=attention_prefix))
     return seen

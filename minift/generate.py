@@ -116,7 +116,7 @@ def _request(
     index: int, number: int, prompt: Sequence[int], config: GenerateConfig, known: ModelConfig
 ) -> Request:
     """A prompt whose tokens the model has."""
-    where, ids, longest = f"prompt {number + 1}", np.asarray(prompt), known.max_len - 1
+    where, ids, longest = f"prompt {number + 1}", np.asarray(prompt), known.room - 1
     if not ids.size:
         raise InputError(f"{where}: expected tokens, got none: there is nothing to continue")
     if ids.ndim != 1 or ids.dtype.kind not in "iu":
@@ -129,7 +129,7 @@ def _request(
     if ids.min() < 0 or ids.max() >= known.vocab_size:
         bad = ids.min() if ids.min() < 0 else ids.max()
         raise InputError(f"{where}: expected ids in 0 to {known.vocab_size - 1}, got {bad}")
-    limit = min(config.max_new_tokens, known.max_len - len(ids))
+    limit = min(config.max_new_tokens, known.room - len(ids))
     return Request(index, number, ids.astype(np.int64), limit)
 
 

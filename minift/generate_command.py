@@ -14,15 +14,14 @@ from .commands import say, texts
 from .config import TrainConfig
 from .data import Columns, Row
 from .errors import InputError
-from .hub import locate
 from .prepare import pick_device
 from .readers import JSON, TABLES, ending_of
 from .sampling import FLAGS, GenerateConfig
+from .saving import adapter_over, load, trained_config
 from .stream_text import stream_text
 from .tasks.instruct import prompt_of, prompts
 from .tokenizer import Tokenizer
 from .train import compute_dtype
-from .weights import load, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "a model that has learned responses to prompts")  # fmt: skip
     parser.add_argument("--data", metavar="FILE", help="CSV, TSV, JSON lines, or a text a line")
     parser.add_argument("--text_column", help="name, or number from 1")
-    parser.add_argument("--model", "--model_name_or_path", dest="model", required=True,
-                        metavar="DIR", help="a GPT-2: a folder or a hub id")  # fmt: skip
+    parser.add_argument("--model", "--model_name_or_path", dest="model", metavar="DIR",
+                        help="a GPT-2: a folder or a hub id; or the base of --adapter")  # fmt: skip
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR", help="over the "
+                        "model, in place of its own base")  # fmt: skip
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--token", help="of a private hub id; or HF_TOKEN, `hf auth login`")
     parser.add_argument("--stream", action="store_true", help="one text: its answer as it comes, "
@@ -58,17 +59,17 @@ def run(args: argparse.Namespace) -> int:
     # A person who asks one thing wants to read; a script wants JSON.
     args.stream |= len(args.text) == 1 and sys.stdout.isatty()
     device = pick_device(args.device)
-    folder = locate(args.model, args.revision, args.token)
-    config_of = read_config(folder)
+    folder, base = adapter_over(args.model, args.adapter, args.revision, args.token)
+    config_of = trained_config(folder, base)
     if config_of.head == "classifier" and config_of.trained_head:
         raise InputError(f"{args.model}: has learned labels and no texts: use minift predict")
-    model, tokenizer = load(folder, head="lm")
+    model, tokenizer = load(folder, head="lm", base=base)
     model = model.to(device)
     dtype = compute_dtype(TrainConfig(dtype=args.dtype), device)
     ends, made, start = Counter(), 0, time.perf_counter()
     template = None if args.raw or not model.config.template else model.config.template[0]
     for block in _blocks(args, template, tokenizer):
-        room = model.config.max_len if args.data else None
+        room = model.config.room if args.data else None
         kept = [i for i, row in enumerate(block) if not _unfit(row, tokenizer, room)]
         numbers, written = [made + i for i in kept], [block[i].text for i in kept]
         pieces = stream_text(model, tokenizer, written, config, numbers=numbers, dtype=dtype)
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if ends["positions"]:
         say(
             f"WARNING: {ends['positions']:,} of {made:,} answers end where the model's "
-            f"{model.config.max_len} positions end, before max_new_tokens {config.max_new_tokens}"
+            f"{model.config.room} positions end, before max_new_tokens {config.max_new_tokens}"
         )
     if not args.quiet:
         say(f"{made:,} texts in {time.perf_counter() - start:.2f} s")

@@ -17,14 +17,16 @@ from .layers import (
     Embedding,
     LayerNorm,
     Linear,
+    Past,
     Projected,
+    attend,
     linear,
     matmul,
     norm,
     run_block,
     token_dropout,
 )
-from .ops import Draw, Dropout, Layout, Ops, ops_for
+from .ops import Draw, Dropout, Layout, Ops, ops_for, put_virtual
 
 ALIGNED = 64  # rows of the token table are a multiple: products of other widths are slower
 
@@ -58,22 +60,22 @@ class Block(nn.Module):
         ops: Ops,
         dropout: Dropout | None,
         rows: Tensor | None,  # (N,): only these are needed after attention
+        past: Past | None,
         following: LayerNorm,  # whoever reads next
     ) -> tuple[Tensor, Tensor]:
         H, p, site = self.config.n_head, self.config.hidden_dropout, self.site
         drop = dropout and dropout.at(site, self.config.attention_dropout)
-        qkv = linear(h, self.attention.qkv).view(len(h), 3 * H, -1)  # (T, 3H, D)
-        o = ops.attention(qkv, layout, H, causal=True, dropout=drop).flatten(1)  # (T, C)
+        qkv = linear(h, self.attention.qkv, ops, dropout).unflatten(1, (3 * H, -1))  # (T, 3H, D)
+        o = attend(ops, qkv, layout, past, H, True, drop).flatten(1)  # (T, C)
         if rows is not None:
             o, x = o.index_select(0, rows), x.index_select(0, rows)  # (N, C)
         drop = dropout and dropout.at(site + 1, p, rows)
-        o, bias = matmul(o, self.attention.out), self.attention.out.bias
+        o, bias = matmul(o, self.attention.out, ops, dropout, rows), self.attention.out.bias
         h, x = ops.add_norm(o, x, norm(self.mlp.norm), bias, drop)
-        h = ops.bias_gelu(
-            matmul(h, self.mlp.up), self.mlp.up.bias, self.config.activation
-        )  # (T, F)
+        h = matmul(h, self.mlp.up, ops, dropout, rows)
+        h = ops.bias_gelu(h, self.mlp.up.bias, self.config.activation)  # (T, F)
         drop = dropout and dropout.at(site + 2, p, rows)
-        h, bias = matmul(h, self.mlp.down), self.mlp.down.bias
+        h, bias = matmul(h, self.mlp.down, ops, dropout, rows), self.mlp.down.bias
         return ops.add_norm(h, x, norm(following), bias, drop)
 
 
@@ -86,6 +88,18 @@ class GPT(Body):
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.norm = LayerNorm(config.dim, config.norm_eps)
 
+    def embed(self, batch: Batch, ops: Ops, dtype: torch.dtype, drop: Dropout | None) -> Tensor:
+        """(T, C) the input of the first block, of a batch as layers see it."""
+        e, order = self.embeddings, batch.order and batch.order.pick(0, 1)
+        ids, tables = (batch.tokens, batch.positions), (e.word.weight, e.position.weight)
+        if shift := self.shift(batch):
+            ids = batch.tokens, batch.positions + shift
+        if self.prompt is None or batch.continues:
+            return ops.embed(ids, tables, None, dtype, drop, order)
+        x = ops.embed(ids, tables, None, dtype, None, order)
+        prompt = (self.prompt() + e.position.weight[:shift]).to(dtype)
+        return ops.drop(put_virtual(x, prompt, batch.virtual), drop)
+
     def forward(
         self,
         batch: Batch,
@@ -96,18 +110,15 @@ class GPT(Body):
         checkpointing: bool = False,
     ) -> Tensor:
         """Hidden states of the last layer, normed; see `minift.bert.Bert.forward`."""
-        config, e = self.config, self.embeddings
-        check_length(batch.layout, config.max_len)
-        ops = ops or ops_for(batch.tokens.device)
-        ids, tables = (batch.tokens, batch.positions), (e.word.weight, e.position.weight)
-        order = batch.order and batch.order.pick(0, 1)
-        drop = dropout and dropout.at(0, config.embedding_dropout)
-        x = ops.embed(ids, tables, None, dtype, drop, order)
+        config, batch = self.config, self.seen(batch)
+        check_length(batch.layout, self.room if self.prefix else config.max_len)
+        ops, past = ops or ops_for(batch.tokens.device), self.past(batch, dtype)
+        x = self.embed(batch, ops, dtype, dropout and dropout.at(0, config.embedding_dropout))
         norms = [block.attention.norm for block in self.layers] + [self.norm]
         h, x = ops.add_norm(x, None, norm(norms[0]))
         for i, block in enumerate(self.layers):
             wanted = rows if i == config.n_layer - 1 else None
-            given = h, x, batch.layout, ops, dropout, wanted, norms[i + 1]
+            given = h, x, batch.layout, ops, dropout, wanted, past[i], norms[i + 1]
             h, x = run_block(block, checkpointing, *given)
         return h
 
@@ -136,7 +147,7 @@ class GPTLanguageModel(nn.Module):
             batch, ops, dtype, checkpointing: as `minift.bert.Bert.forward`'s.
             draw: seed and step of the dropout, to train; None drops nothing.
         """
-        ops = ops or ops_for(batch.tokens.device)
+        ops, batch = ops or ops_for(batch.tokens.device), self.gpt.seen(batch)
         dropout = self.gpt.draw(draw, batch, ops)
         x = self.gpt(batch, ops, dtype, dropout, batch.at, checkpointing)
         return Projected(x, self.gpt.embeddings.word.weight, None, self.config.vocab_size)
@@ -162,7 +173,7 @@ class GPTClassifier(nn.Module):
         checkpointing: bool = False,
     ) -> Tensor:
         """Logits (B, number of labels) in `dtype`; arguments as `GPTLanguageModel.forward`'s."""
-        ops = ops or ops_for(batch.tokens.device)
+        ops, batch = ops or ops_for(batch.tokens.device), self.gpt.seen(batch)
         dropout = self.gpt.draw(draw, batch, ops)
         x = self.gpt(batch, ops, dtype, dropout, batch.layout.last, checkpointing)  # (B, C)
         return linear(x, self.head)
@@ -190,6 +201,7 @@ class GPTTokens(nn.Module):
         """Logits (N, labels) of the rows `batch.at`, or (T, labels) of all; arguments as
         `GPTLanguageModel.forward`'s."""
         ops, site = ops or ops_for(batch.tokens.device), 1 + 3 * self.config.n_layer
+        batch = self.gpt.seen(batch)
         dropout = self.gpt.draw(draw, batch, ops)
         x = self.gpt(batch, ops, dtype, dropout, batch.at, checkpointing)
         x = ops.drop(x, dropout and dropout.at(site, token_dropout(self.config), batch.at))

@@ -13,11 +13,12 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from .errors import InputError
-from .storage import INDEX, read_index, weights_name
+from .storage import INDEX, PICKLE, SAFE, read_index, weights_name
 
 CONFIG = "config.json"
 TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json")  # one of them is enough
 BESIDE = ("merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 ID = re.compile(r"([\w.-]+/)?[\w.-]+", re.ASCII)
 
 
@@ -121,11 +122,14 @@ def _fetch(name: str, revision: str | None, token: str | None) -> Path:
 
 
 def wanted_files(names: Collection[str], where: object) -> list[str]:
-    """Those of a repository's files that minift reads: one kind of weights, and what they need.
+    """Those of a repository's files that minift reads: one kind of weights, and what they need; or
+    an adapter, whose base is elsewhere.
 
     Raises:
         InputError: there is no configuration or no weights.
     """
+    if set(ADAPTER) <= set(names) and not {SAFE, SAFE + INDEX, PICKLE} & set(names):
+        return sorted({CONFIG, *ADAPTER, *TOKENIZER, *BESIDE} & set(names))
     if CONFIG not in names:
         raise InputError(f"{where}: expected a model with {CONFIG}, found none: is it a model?")
     weights = weights_name(names, where)
@@ -141,14 +145,14 @@ def _cached(name: str, revision: str | None) -> Path | None:
 
     try:
         found = snapshot_download(
-            name, revision=revision, local_files_only=True, allow_patterns=[CONFIG]
+            name, revision=revision, local_files_only=True, allow_patterns=[CONFIG, *ADAPTER]
         )
         names = wanted_files(os.listdir(found), found)
         for index in [name for name in names if name.endswith(INDEX)]:
             read_index(Path(found) / index)
     except (OSError, InputError):
         return None
-    return Path(found) if set(TOKENIZER) & set(names) else None
+    return Path(found) if {*TOKENIZER, *ADAPTER} & set(names) else None
 
 
 def _causes(error):

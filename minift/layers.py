@@ -3,6 +3,7 @@ its input, the one cast a step. Biases go where the fused operations want them."
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .batch import Batch
+from .batch import Batch, VirtualTokens
 from .config import ModelConfig
-from .ops import Draw, Dropout, Norm, Ops
+from .ops import Draw, Dropout, Layout, Norm, Ops, Virtual, key_of
 
 # Torch's own Linear, Embedding and LayerNorm draw random weights from the global generator when
 # they are made. These hold storage and nothing else: a file or `init_weights` fills it.
@@ -25,6 +26,7 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
+        self.lora: nn.Module | None = None  # see `minift.adapters.LoRA`
 
 
 class Projection(Linear):
@@ -52,15 +54,37 @@ class LayerNorm(nn.Module):
         self.eps = eps
 
 
-def linear(x: Tensor, layer: Linear) -> Tensor:
-    """x W^T + b in the dtype of `x`."""
+def linear(
+    x: Tensor,
+    layer: Linear,
+    ops: Ops | None = None,
+    dropout: Dropout | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """x W^T + b in the dtype of `x`, and what its LoRA adds, if it has one.
+
+    Args:
+        ops, dropout: for a LoRA that drops: the table, and the step's dropout.
+        rows: (N,) which rows of the batch those of `x` are; None: all.
+    """
     bias = None if layer.bias is None else layer.bias.to(x.dtype)
-    return F.linear(x, layer.weight.to(x.dtype), bias)
+    return _product(x, layer, bias, ops, dropout, rows)
 
 
-def matmul(x: Tensor, layer: Projection) -> Tensor:
-    """x W^T: the operation that follows adds the bias."""
-    return F.linear(x, layer.weight.to(x.dtype))
+def matmul(
+    x: Tensor,
+    layer: Projection,
+    ops: Ops | None = None,
+    dropout: Dropout | None = None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """x W^T: the operation that follows adds the bias. See `linear`."""
+    return _product(x, layer, None, ops, dropout, rows)
+
+
+def _product(x, layer, bias, *drops):
+    weight = layer.weight.to(x.dtype)
+    return F.linear(x, weight, bias) if layer.lora is None else layer.lora(x, weight, bias, *drops)
 
 
 def norm(layer: LayerNorm) -> Norm:
@@ -102,20 +126,92 @@ class Projected(NamedTuple):
         return F.linear(self.x, weight, None if bias is None else bias.to(self.x.dtype))
 
 
+class Past(NamedTuple):
+    """What a layer sees before its first row."""
+
+    prefix: Tensor  # (P, 2H, D)
+    virtual: Virtual
+
+
 class Body(nn.Module):
     """Tokens to hidden states: what a head stands on."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.prompt: nn.Module | None = None  # see `minift.adapters.Prompt`
+        self.prefix: nn.Module | None = None  # see `minift.adapters.Prefix`
+        # Places of dropouts: the embeddings', three a block, a head's two; and their columns.
+        self.sites, self.columns = 3 + 3 * config.n_layer, config.dim
+
+    @property
+    def virtual(self) -> VirtualTokens | None:
+        """What stands before every sequence."""
+        if self.prompt is not None:
+            return VirtualTokens(self.prompt.count, False)
+        return self.prefix and VirtualTokens(self.prefix.count, True)
+
+    @property
+    def room(self) -> int:
+        """Tokens of the longest text."""
+        return self.config.max_len - (self.virtual.count if self.virtual else 0)
+
+    def seen(self, batch: Batch) -> Batch:
+        """The batch as layers see it: a prompt's rows are among the others, which have moved.
+        Tokens, positions and types stay those of the texts."""
+        where, virtual = batch.virtual, self.virtual
+        if virtual is None or virtual.keys_only or batch.continues:
+            return batch
+        if where is not None and where.layout is batch.layout:
+            return batch
+        where = where or Virtual.pack(batch.layout, *virtual).to(batch.tokens.device)
+        at = where.place if batch.at is None else where.place.index_select(0, batch.at)
+        key = key_of(batch.key, where, batch.layout)
+        return replace(batch, layout=where.layout, key=key, at=at, virtual=where)
+
+    def shift(self, batch: Batch) -> int:
+        """Positions before the first token's."""
+        return self.virtual.count if self.virtual and not batch.continues else 0
+
+    def past(self, batch: Batch, dtype: torch.dtype) -> list[Past | None]:
+        """Of each layer."""
+        if self.prefix is None or batch.continues:
+            return [None] * self.config.n_layer
+        where = batch.virtual or Virtual.pack(batch.layout, *self.virtual).to(batch.tokens.device)
+        return [Past(keys, where) for keys in self.prefix(dtype)]
 
     def draw(self, draw: Draw | None, batch: Batch, ops: Ops) -> Dropout | None:
-        """The dropout of a step: places are the embeddings', three a block, and a head's two."""
+        """The dropout of a step, for a batch as layers see it."""
         if draw is None:
             return None
-        columns = max(self.config.dim, batch.layout.longest)
-        sites = 3 + 3 * self.config.n_layer
-        return ops.draw_dropout(draw, batch.key, columns, sites, self.config.n_head)
+        columns = max(self.columns, batch.layout.longest + self.shift(batch))
+        return ops.draw_dropout(draw, batch.key, columns, self.sites, self.config.n_head)
+
+
+def body_of(model: nn.Module) -> Body:
+    """What a model's head stands on, or the model if it is that."""
+    return next(part for part in model.modules() if isinstance(part, Body))
+
+
+def attend(
+    ops: Ops,
+    qkv: Tensor,
+    layout: Layout,
+    past: Past | None,
+    n_head: int,
+    causal: bool,
+    dropout: Dropout | None,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """(T, 3H, D) -> (T, H, D): attention to the sequence, and to what is before it. With `rows`,
+    which nothing causal has, (N, H, D) of those."""
+    if past is not None:
+        prefix, virtual = past
+        out = ops.attention_prefix(qkv, prefix, layout, n_head, causal, dropout, virtual)
+        return out if rows is None else out.index_select(0, rows)
+    if rows is None:
+        return ops.attention(qkv, layout, n_head, causal=causal, dropout=dropout)
+    return ops.attention_at(qkv, layout, n_head, rows, dropout)
 
 
 def run_block(block: nn.Module, checkpointing: bool, *given) -> tuple[Tensor, Tensor]:
@@ -146,7 +242,12 @@ class Shadows:
     A parameter that several layers share has one leaf; one that an embedding holds too has none.
     """
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype):
+    def __init__(self, model: nn.Module, dtype: torch.dtype, frozen: bool = False):
+        """
+        Args:
+            dtype: of the leaves.
+            frozen: only parameters that are not trained have leaves: those are cast once.
+        """
         self.model = model
         places: dict[Tensor, list[tuple[nn.Module, str]]] = {}  # of each parameter
         for layer in model.modules():
@@ -155,7 +256,7 @@ class Shadows:
         self.masters = {
             name: p
             for name, p in model.named_parameters()
-            if all(_is_cast(*place) for place in places[p])
+            if all(_is_cast(*place) for place in places[p]) and not (frozen and p.requires_grad)
         }
         self.leaves = {
             name: p.detach().to(dtype).requires_grad_(p.requires_grad)

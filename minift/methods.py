@@ -9,6 +9,9 @@
     bitfit      head              learning_rate   --method bitfit
                 *.bias            learning_rate
                 *                 frozen
+    lora        head              learning_rate   --method lora, prompt or prefix: the adapter's
+                *.lora.*          learning_rate   own parameters stand for *.lora.*
+                *                 frozen
 
 The first rule whose pattern fits a parameter decides. A pattern is a group (embeddings, layers:N,
 norm, pooler, head), a span of layers (layers:0-9), `*`, or, where it has a dot, a glob over the
@@ -17,14 +20,23 @@ name (`*.bias`, `layers.*.attention.qkv.*`). Norms and biases are never decayed.
 
 import difflib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
 from .config import TrainConfig
 from .errors import InputError
 
+OF_METHODS = {  # methods -> settings that no other reads
+    ("lora",): ("lora_r", "lora_alpha", "lora_dropout", "lora_targets"),
+    ("prompt", "prefix"): ("num_virtual_tokens", "prompt_init", "prompt_init_text"),
+    ("prefix",): ("prefix_projection", "prefix_hidden_size"),
+}
+RATES = {"bitfit": 3e-3, "lora": 1e-3, "prompt": 3e-2, "prefix": 1e-2}  # of few parameters
+ADDED = {"lora": "*.lora.*", "prompt": "prompt", "prefix": "prefix"}  # the adapters' parameters
 _LAYER = re.compile(r"layers:(\d+)")
 _SPAN = re.compile(r"layers:(\d{1,9})-(\d{1,9})")  # int() refuses thousands of digits
 
@@ -47,6 +59,22 @@ class ParamGroup:
     numbers: int
     learning_rate: float
     weight_decay: float
+
+
+def rate_of(given: Mapping[str, Any]) -> dict[str, float]:
+    """The learning rate of a method that is given without one; nothing, if it is TrainConfig's."""
+    rate = RATES.get(given.get("method"))
+    return {} if rate is None or "learning_rate" in given else {"learning_rate": rate}
+
+
+def check_read(given: Mapping[str, Any]) -> None:
+    """Raises InputError when a setting is given that the method does not read."""
+    method = given.get("method", "full")
+    for methods, names in OF_METHODS.items():
+        for name in names:
+            if name in given and method not in methods:
+                wanted = " or ".join(methods)
+                raise InputError(f"--{name} is read by --method {wanted}, not {method}")
 
 
 def group_of(name: str) -> str:
@@ -74,12 +102,13 @@ def rules_of(config: TrainConfig, n_layer: int, head: tuple[str, ...] = ("head",
     rules = [Rule(pattern, 0.0) for pattern in _split("freeze", config.freeze)]
     if config.head_lr and not head:
         raise InputError("expected no head_lr, this model's head is its token table: leave it out")
-    if config.method == "bitfit":  # Ben Zaken et al. 2022, arXiv:2106.10199
+    if config.method != "full":  # bitfit: Ben Zaken et al. 2022, arXiv:2106.10199
         for name, empty in (("lr_rules", ""), ("layer_lr_decay", 1.0)):
             if getattr(config, name) != empty:
-                raise InputError(f"expected method bitfit or {name}, got both: leave one out")
+                given = f"method {config.method} or {name}"
+                raise InputError(f"expected {given}, got both: leave one out")
         rules += [Rule(group, config.head_lr or rate) for group in head]
-        return [*rules, Rule("*.bias", rate), Rule("*", 0.0)]
+        return [*rules, Rule(ADDED.get(config.method, "*.bias"), rate), Rule("*", 0.0)]
     if config.head_lr:
         rules += [Rule(group, config.head_lr) for group in head]
     rules += [_read_rule(text) for text in _split("lr_rules", config.lr_rules)]

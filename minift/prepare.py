@@ -3,18 +3,21 @@
 import math
 import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from .adapter_files import NO_BASE, is_adapter, note_base
+from .adapters import ADAPTERS, Adapter, adapt, begin
 from .batch import Batches, Example
 from .config import RunConfig, TrainConfig
 from .data import fingerprint
 from .errors import InputError, Notice
 from .hub import locate
-from .methods import format_rules
+from .layers import body_of
+from .methods import check_read, format_rules
 from .ops import TABLES, Ops, ops_for
 from .scratch import make_tokenizer, random_model, read_new_config
 from .tasks import TASKS
@@ -93,6 +96,15 @@ def length_limit(wanted: int, max_len: int) -> int:
 
 def check_flags(run: RunConfig, config: TrainConfig) -> None:
     """Raises InputError when a setting is given that the task does not read."""
+    changed = {f.name: getattr(config, f.name) for f in fields(config)}
+    changed = {f.name: v for f in fields(config) if (v := changed[f.name]) != f.default}
+    check_read(changed)
+    unread = "prompt_init_text" if config.prefix_projection else "prefix_hidden_size"
+    if getattr(config, unread):
+        beside = "beside" if config.prefix_projection else "without"
+        raise InputError(f"--{unread} is not read {beside} --prefix_projection: leave it out")
+    if config.prompt_init_text and config.prompt_init != "vocab":
+        raise InputError("--prompt_init_text says the words: leave --prompt_init out")
     mine = TASKS[run.task].flags
     known = {name for task in TASKS.values() for name in task.flags}
     for given in (run, config):
@@ -107,41 +119,61 @@ def files_of(run: RunConfig) -> dict[str, File]:
     return {part: File(run, part, path) for part, path in paths.items() if path}
 
 
-def find_source(run: RunConfig) -> Generator[Notice, None, Source]:
+def find_source(run: RunConfig, train: TrainConfig) -> Generator[Notice, None, Source]:
     """Finds a run's model, or its configuration, and its vocabulary, before any row is read.
 
     Raises:
         InputError: one is missing, they do not fit, or the length limit does not fit the model.
     """
+    adapts = train.method in ADAPTERS
     token = run.token or None
     vocabulary = locate(run.tokenizer_name, None, token) if run.tokenizer_name else None
+    if run.config_name and adapts:
+        raise InputError(f"expected --model for method {train.method}: it is trained beside one")
     if run.config_name:
         config = read_new_config(Path(run.config_name))
         TASKS[run.task].check(config)
-        return Source(None, vocabulary, None, length_limit(run.max_seq_length, config.max_len))
+        return Source(None, vocabulary, None, length_limit(run.max_seq_length, config.room))
     name = run.model_name_or_path
     if not Path(name).expanduser().is_dir() and not name.startswith(("/", ".", "~")):
         yield Notice(f"{run.model_name_or_path}: no folder here, looking on the hub")
     folder = locate(run.model_name_or_path, run.model_revision or None, token)
+    if is_adapter(folder):
+        raise InputError(f"{folder}: {NO_BASE}")
     config = read_config(folder)
     TASKS[run.task].check(config)
-    limit = length_limit(run.max_seq_length, config.max_len)
+    if adapts:
+        adapter = Adapter.of(train, config)
+        config = replace(config, adapter={"method": train.method, "count": adapter.count})
+    limit = length_limit(run.max_seq_length, config.room)
     tokenizer = load_tokenizer(vocabulary or folder, config, limit)
     tokenizer.max_length = run.max_seq_length or tokenizer.max_length  # what is asked for wins
     return Source(folder, vocabulary or folder, tokenizer, limit)
 
 
 def load_parts(
-    run: RunConfig, source: Source, texts: Iterable[str], labels: tuple[str, ...], seed: int
+    run: RunConfig,
+    train: TrainConfig,
+    source: Source,
+    texts: Iterable[str],
+    labels: tuple[str, ...],
 ) -> Generator[Notice, None, tuple[nn.Module, Tokenizer]]:
-    """Model and tokenizer; says what became of every tensor of the file.
+    """Model and tokenizer, with the adapter that is trained, if one is; says what became of every
+    tensor of the file.
 
     Raises:
         InputError: they cannot be loaded or made.
     """
+    seed = train.seed
     if source.folder is not None:
         model, report = load_model(source.folder, labels, seed, TASKS[run.task].head)
         yield Notice(str(report))
+        if train.method in ADAPTERS:
+            adapt(model, Adapter.of(train, model.config), tuple(report.new))
+            begin(model, train, source.tokenizer)
+            named = Path(run.model_name_or_path).expanduser()
+            base = str(named.resolve()) if named.is_dir() else run.model_name_or_path
+            note_base(model, base)
         return model, source.tokenizer
     path = Path(run.config_name)
     head = TASKS[run.task].head
@@ -168,13 +200,13 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
         torch.set_num_threads(run.threads)
     device = pick_device(run.device)
     ops = ops_for(device) if run.ops == "auto" else TABLES[run.ops]
-    source = yield from find_source(run)
+    source = yield from find_source(run, config)
     kind = TASKS[run.task]
     files = files_of(run)
     rows = yield from kind.read(files, config.seed)
     train, labels = rows["train"], kind.labels_of(rows["train"], run)
     texts = kind.texts(train)
-    model, tokenizer = yield from load_parts(run, source, texts, labels, config.seed)
+    model, tokenizer = yield from load_parts(run, config, source, texts, labels)
     task = kind.of(Setup(run, config, model, tokenizer), train)
     examples = yield from task.encode_all(files, rows, tokenizer)
     check_metric(run.metric_for_best_model, task, model, examples["validation"], ops)
@@ -186,7 +218,8 @@ def prepare(run: RunConfig, config: TrainConfig) -> Generator[Notice, None, Job]
     size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
     vary = task.vary(examples["train"], config.seed)
     weights = task.sampling(examples["train"])
-    batches = Batches(examples["train"], size, accumulation, config.seed, vary, weights)
+    virtual = body_of(model).virtual
+    batches = Batches(examples["train"], size, accumulation, config.seed, vary, weights, virtual)
     buckets, slack = batches.buckets()
     yield Notice(
         f"batches of {buckets} different numbers of rows; {slack:.1%} of all rows are empty"

@@ -51,9 +51,9 @@ def respond(
     for row in rows:
         found.setdefault(row.prompt(tokenizer), []).append(row.response.strip())
     lengths = [len(ids) for ids in tokenizer.ids(list(found))]
-    prompts = [p for p, n in zip(found, lengths, strict=True) if n < model.config.max_len]
+    prompts = [p for p, n in zip(found, lengths, strict=True) if n < model.config.room]
     if not prompts:
-        raise InputError(f"every prompt fills the model's {model.config.max_len} positions")
+        raise InputError(f"every prompt fills the model's {model.config.room} positions")
     answers, unfinished = [""] * len(prompts), 0
     for piece in stream_text(model, tokenizer, prompts, config, dtype=dtype):
         answers[piece.prompt] += piece.text

@@ -20,6 +20,7 @@ from typing import Any
 from .config import RunConfig, TrainConfig, as_setting
 from .errors import InputError, Notice
 from .files import cannot_write, make_folder, write_file
+from .methods import rate_of
 from .prepare import check_flags
 from .run import Finished, check_given
 from .trials import (
@@ -167,6 +168,8 @@ def trials_of(search: SearchConfig, run: RunConfig, config: TrainConfig) -> list
         name = f"trial-{number:03d}"
         of_run = {k: v for k, v in settings.items() if k in ours}
         of_config = {k: v for k, v in settings.items() if k not in ours}
+        if config.learning_rate == TrainConfig.learning_rate:  # none is given
+            of_config |= rate_of(settings)
         output = str(Path(run.output_dir) / name)
         try:
             one = replace(run, output_dir=output, resume_from_checkpoint="auto", **of_run)
@@ -306,7 +309,7 @@ def tidy(output: Path, lines: dict[str, dict[str, Any]]) -> None:
         try:
             for path in [*folder.glob("checkpoint-*"), *folder.glob("*/checkpoint-*")]:
                 shutil.rmtree(path)
-            for path in folder.rglob("model.safetensors"):
+            for path in folder.rglob("*model.safetensors"):
                 path.unlink()
         except OSError as error:
             raise cannot_write(folder, error) from None

@@ -11,15 +11,16 @@ over all its micro-batches, so a batch of 8 and 8 accumulated batches of 1 are t
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
+from .adapters import adapter_of
 from .batch import Batch, Batches, Example, check_length
 from .config import TrainConfig
-from .layers import Shadows
-from .methods import ParamGroup, apply_rules, rules_of
+from .layers import Shadows, body_of
+from .methods import ParamGroup, apply_rules, group_of, rules_of
 from .ops import Draw, Ops, TableGradients, TargetReport, ops_for
 from .optim import make_optimizer, schedule
 from .prefetch import prefetched
@@ -51,7 +52,9 @@ class TrainState:
         Raises:
             InputError: the rules do not fit the model.
         """
-        rules = rules_of(config, model.config.n_layer, model.head_groups)
+        whole = (group_of(name) for name in getattr(adapter_of(model), "whole", ()))
+        heads = tuple(dict.fromkeys((*model.head_groups, *whole)))
+        rules = rules_of(config, model.config.n_layer, heads)
         groups = apply_rules(model, rules, config.weight_decay)
         device = next(model.parameters()).device
         ops, dtype = ops or ops_for(device), compute_dtype(config, device)
@@ -148,7 +151,7 @@ def train(
     config = config or TrainConfig()
     device = next(model.parameters()).device
     ops = ops or ops_for(device)
-    batches = _batches(batches, config)
+    batches, body = _batches(batches, config, model), body_of(model)
     task = task or _task_of(model, config)
     state = state or TrainState.new(model, config, ops)
     total, optimizer = total_steps(config, len(batches)), state.optimizer
@@ -156,7 +159,7 @@ def train(
     with closing(prefetched(_from(batches, state.step, total), device)) as coming:
         for micro_batches in coming:
             for batch in micro_batches:
-                check_length(batch.layout, model.config.max_len)
+                check_length(batch.layout, body.room)
             factor = schedule(state.step, total, config)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * factor
@@ -190,9 +193,14 @@ def _make_step(model, state, config, task, ops, several):
     """What takes the steps of a run, and whether it captures them."""
     device = next(model.parameters()).device
     draw = Draw(torch.tensor(config.seed, device=device), torch.tensor(0, device=device))
+    dtype, shadows = compute_dtype(config, device), state.shadows
+    if shadows is None and dtype != torch.float32:
+        # What is trained is cast in every step, all else once.
+        frozen = Shadows(model, dtype, frozen=True)
+        shadows = frozen if frozen.leaves else None
     gradients = Gradients(
-        model, task, ops, compute_dtype(config, device), draw, state.shadows, state.tables,
-        several, config.gradient_checkpointing,
+        model, task, ops, dtype, draw, shadows, state.tables, several,
+        config.gradient_checkpointing,
     )  # fmt: skip
     eager = why_eager(config, ops, state.optimizer, device)
     return OptimizerStep(gradients, state.optimizer, None if eager else CudaGraphs(device), eager)
@@ -225,11 +233,13 @@ def _from(batches: Batches, step: int, total: int) -> Iterator[list[Batch]]:
                 return
 
 
-def _batches(given: Batches | Sequence[Example], config: TrainConfig) -> Batches:
+def _batches(given: Batches | Sequence[Example], config: TrainConfig, model: nn.Module) -> Batches:
     """The batches, made by the configuration if need be; never none."""
     if not isinstance(given, Batches):
         size, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
         given = Batches(given, size, accumulation, config.seed)
+    if given.virtual != body_of(model).virtual:
+        given = replace(given, virtual=body_of(model).virtual)
     if not len(given):
         raise ValueError("expected examples to train on, got none")
     return given

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .bert import BertClassifier, BertMasked, BertTokens
 from .config import LABELLED, ModelConfig
 from .errors import InputError
-from .files import make_folder, read_json, write_file, write_json
+from .files import read_json, write_file, write_json
 from .gpt import GPTClassifier, GPTLanguageModel, GPTTokens
 from .hub import locate
 from .layers import init_weights
@@ -240,28 +240,6 @@ def save_model(model: nn.Module, folder: Path) -> None:
     write_json(folder / "config.json", model.config.to_hf())
 
 
-def load(
-    folder: str | Path,
-    labels: tuple[str, ...] | None = None,
-    max_length: int | None = None,
-    seed: int = 0,
-    head: str | None = None,
-) -> tuple[Model, Tokenizer]:
-    """A model folder's model and tokenizer, known to fit each other.
-
-    Args:
-        folder, labels, seed, head: as in `load_model`.
-        max_length: tokens at which texts are cut; default, and at most, what the model takes.
-
-    Raises:
-        InputError: see `load_model` and `load_tokenizer`.
-    """
-    folder = locate(folder)
-    model, _ = load_model(folder, labels, seed, head)
-    limit = model.config.max_len
-    return model, load_tokenizer(folder, model.config, min(max_length or limit, limit))
-
-
 def load_tokenizer(folder: Path, config: ModelConfig, max_length: int) -> Tokenizer:
     """The tokenizer of a folder, known to fit a model.
 
@@ -273,15 +251,3 @@ def load_tokenizer(folder: Path, config: ModelConfig, max_length: int) -> Tokeni
     if problem := tokenizer.misfit(config):
         raise InputError(f"{folder}: {problem}")
     return tokenizer
-
-
-def save(model: nn.Module, tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes a model folder that `load` and transformers read.
-
-    Raises:
-        InputError: it cannot be written.
-    """
-    folder = Path(folder)
-    make_folder(folder)
-    tokenizer.save(folder)
-    save_model(model, folder)

@@ -12,7 +12,7 @@ from tiny import VOCABULARY, call, settings_kept, tiny_model, words, write_rows
 from minift.augment import Augment, Augmenter, augmented
 from minift.batch import Batches, Example
 from minift.errors import InputError
-from minift.weights import load
+from minift.saving import load
 
 CLS, SEP, MASK = (VOCABULARY.index(name) for name in ("[CLS]", "[SEP]", "[MASK]"))
 

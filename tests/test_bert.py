@@ -444,12 +444,13 @@ def test_every_place_has_its_own_mask_and_probability(family, head):
 
         return operation
 
-    last = {"embed": 4, "attention": 4, "add_norm": 4, "drop": 1}
+    last = {"embed": 4, "attention": 4, "attention_at": 4, "add_norm": 4, "drop": 1}
     ops = replace(TORCH, **{name: spied(name, at) for name, at in last.items()})
     make_model(family=family)(together(make_examples([4, 9])), ops=ops, draw=at_step(0))
     want = [("embed", 0, 0.1)]
     for site in (1, 4, 7):
-        want += [("attention", site, 0.2), ("add_norm", site + 1, 0.1), ("add_norm", site + 2, 0.1)]
+        attention = "attention_at" if site == 7 else "attention"  # of the last layer
+        want += [(attention, site, 0.2), ("add_norm", site + 1, 0.1), ("add_norm", site + 2, 0.1)]
     assert places == [*want, *(("drop", site, 0.3) for site in head)]
 
 

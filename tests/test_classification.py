@@ -15,6 +15,7 @@ from minift.batch import Batches, Example, collate
 from minift.data import Row
 from minift.errors import InputError
 from minift.ops import TORCH
+from minift.saving import load
 from minift.tasks.classification import (
     Classification,
     label_names,
@@ -22,7 +23,6 @@ from minift.tasks.classification import (
     predict,
 )
 from minift.tasks.texts import logits_of
-from minift.weights import load
 
 
 def rows_of(*labels: str | None) -> list[Row]:

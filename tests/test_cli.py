@@ -15,6 +15,7 @@ from minift import answering, cli, commands
 from minift.cli import configurations, main, make_parser, normalise
 from minift.config import RunConfig, TrainConfig
 from minift.errors import InputError
+from minift.methods import OF_METHODS
 from minift.train import Diverged
 
 
@@ -63,15 +64,17 @@ def test_every_field_has_a_flag_under_all_its_names(parse, config):
     for f in fields(config):
         kinds = {str: "cpu", int: "3", float: "0.5"}
         word = (f.metadata["choices"] or (kinds.get(f.type),))[-1]
+        of = [methods[-1] for methods, names in OF_METHODS.items() if f.name in names]
+        method = [word for name in of for word in ("--method", name)]  # that reads it
         for name in (f.name, *f.metadata["aliases"]):
             for spelled in (name, name.replace("_", "-")):
                 if f.type is bool:
-                    run, train = parse(f"--{spelled}")
+                    run, train = parse(f"--{spelled}", *method)
                     expected = True
                 else:
-                    run, train = parse(f"--{spelled}", word)
+                    run, train = parse(f"--{spelled}", word, *method)
                     expected = f.type(word)
-                    assert parse(f"--{spelled}={word}") == (run, train)
+                    assert parse(f"--{spelled}={word}", *method) == (run, train)
                 assert getattr(run if config is RunConfig else train, f.name) == expected
 
 
@@ -124,8 +127,8 @@ def test_only_names_lose_their_dashes():
         (("train", "--lr"), ("--lr: expected one argument",)),
         (("train", "--lr", "nan"), ("expected learning_rate between 0 and 1000, got nan",)),
         (("train", "--validation_split=2"), ("expected validation_split in (0, 1), got 2.0",)),
-        (("eval",), ("required: --model/--model_name_or_path, --data/--test_file/--test",)),
-        (("predict", "text"), ("required: --model/--model_name_or_path",)),
+        (("eval",), ("required: --data/--test_file/--test",)),
+        (("predict", "text"), ("expected --model, or --adapter with its own base, got none",)),
         (("inspect",), ("required: DIR",)),
         (("train",), ("expected --model_name_or_path, or ", "got none: see minift train --help")),
         (("train", "--model", "m", "--config_name", "c"), ("got both",)),

@@ -27,6 +27,11 @@ RANGES = [
     ("seed", 0, 2**63 - 1, -1, 2**63 + 2**20),  # the dropout holds it as int64
     ("layer_lr_decay", 0.0, 1.0, -0.1, 1.1),
     ("head_lr", 0.0, 1e3, -1e-3, 1001.0),
+    ("lora_r", 1, 10**6, 0, 10**6 + 1),
+    ("lora_alpha", 1e-6, 1e6, 0.0, 1e7),
+    ("lora_dropout", 0.0, 0.99, -0.1, 1.0),
+    ("num_virtual_tokens", 1, 10**6, 0, 10**6 + 1),
+    ("prefix_hidden_size", 0, 10**6, -1, 10**6 + 1),
 ]
 COUNTS = (
     *("max_seq_length", "eval_steps", "save_steps", "save_total_limit"),

@@ -13,9 +13,10 @@ from minift import InputError
 from minift.bert import BertClassifier
 from minift.config import TrainConfig
 from minift.describe import describe
+from minift.saving import save
 from minift.scratch import make_tokenizer, random_model
 from minift.train import TrainState
-from minift.weights import load_model, save, save_model
+from minift.weights import load_model, save_model
 
 
 def test_groups_carry_the_precision_of_the_file(tmp_path):

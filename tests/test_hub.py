@@ -484,3 +484,14 @@ def test_one_kind_of_weights():
         names = [name for name in names if name not in weights]
     parts = ["pytorch_model-1.bin", "pytorch_model.bin.index.json"]
     assert wanted_files([*names, *parts], "x") == sorted(beside + parts)
+
+
+def test_an_adapter_is_fetched_without_a_model():
+    """PEFT's folders have no config.json; what is a model beside is taken for that."""
+    adapter = ["adapter_config.json", "adapter_model.safetensors"]
+    assert wanted_files(["README.md", *adapter], "x") == adapter
+    assert wanted_files(["config.json", "tokenizer.json", *adapter], "x") == sorted(
+        ["config.json", "tokenizer.json", *adapter]
+    )
+    whole = ["config.json", "model.safetensors"]
+    assert wanted_files([*whole, *adapter], "x") == whole

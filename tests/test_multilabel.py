@@ -18,9 +18,10 @@ from minift.config import RunConfig, TrainConfig
 from minift.data import Row
 from minift.errors import InputError
 from minift.ops import TORCH
+from minift.saving import load
 from minift.tasks.multilabel import MultiLabel, sigmoid
 from minift.tasks.task import Setup
-from minift.weights import load, read_config
+from minift.weights import read_config
 
 FLAGS = ("--task", "multilabel", "--max_steps", 6, "--save_steps", 2, "--eval_steps", 2)
 

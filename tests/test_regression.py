@@ -17,9 +17,10 @@ from minift.config import RunConfig, TrainConfig
 from minift.data import Row
 from minift.errors import InputError
 from minift.ops import TORCH
+from minift.saving import load
 from minift.tasks.regression import Regression
 from minift.tasks.task import File, Setup
-from minift.weights import load, read_config
+from minift.weights import read_config
 
 FLAGS = ("--task", "regression", "--max_steps", 6, "--save_steps", 2, "--eval_steps", 2)
 

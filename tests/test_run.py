@@ -34,7 +34,7 @@ from minift.config import RunConfig, TrainConfig
 from minift.errors import InputError
 from minift.prepare import pick_device
 from minift.run import LATE, fine_tune
-from minift.weights import load
+from minift.saving import load
 
 GOOD = "text,label\n" + "".join(f"{text},{label}\n" for text, label in rows(20))
 CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -815,7 +815,11 @@ def test_a_run_that_is_told_to_stop_can_go_on(capsys, model, data, tmp_path, num
     flags = ("--max_steps", 300, "--save_steps", 20, "--eval_steps", 100, "--quiet")
     output = tmp_path / "out"
     command = [sys.executable, "-m", "minift", *words(model, data, output, *flags)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell lets what it starts in the background ignore SIGINT, which its children inherit.
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, **pipes)
+    signal.signal(signal.SIGINT, was)
     try:
         give_up = time.monotonic() + 90
         while not checkpoints(output) and process.poll() is None and time.monotonic() < give_up:

@@ -19,12 +19,12 @@ from minift.batch import collate
 from minift.config import ModelConfig, RunConfig, TrainConfig
 from minift.errors import InputError
 from minift.ops import IGNORE_INDEX, TORCH
+from minift.saving import load
 from minift.scratch import random_model
 from minift.tagged import Sentence, of_text
 from minift.tasks.tagging import Tagging, logits_of_words
 from minift.tasks.task import File, Setup
 from minift.tokenizer import Tokenizer
-from minift.weights import load
 from minift.word_pieces import Pieces, cuts
 
 TAGS = ("O", "B-x", "I-x", "B-y", "I-y")

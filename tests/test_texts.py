@@ -8,11 +8,11 @@ from tiny import tiny_model
 from minift.config import RunConfig
 from minift.data import Row
 from minift.errors import InputError
+from minift.saving import load
 from minift.tasks.classification import Classification
 from minift.tasks.multilabel import MultiLabel
 from minift.tasks.task import File
 from minift.tasks.texts import MOST_NAMED, declared
-from minift.weights import load
 
 
 def result(said):

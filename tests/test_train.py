@@ -12,11 +12,11 @@ from tiny import tiny_model, write_rows
 from minift.batch import Batches, Example, collate
 from minift.config import TrainConfig
 from minift.data import read_rows
-from minift.ops import TORCH, TRITON, Draw
+from minift.ops import TORCH, TRITON, Draw, indexed
+from minift.saving import load
 from minift.step import Gradients
 from minift.tasks.classification import Classification
 from minift.train import Diverged, TrainState, compute_dtype, total_steps, train
-from minift.weights import load
 
 LABELS = ("neg", "pos")
 
@@ -320,7 +320,7 @@ def test_minilm_trains_alike_with_the_attention_kernel():
         config = TrainConfig(
             max_steps=3, learning_rate=1e-4, dtype="fp32", per_device_train_batch_size=1
         )
-        ops = replace(TORCH, attention=attention)
+        ops = replace(TORCH, attention=attention, attention_at=indexed(attention))
         losses.append([step.loss for step in train(model.to(DEVICE), examples, config, ops=ops)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[0][0] != losses[0][2]
