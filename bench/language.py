@@ -26,7 +26,6 @@ without dropout so is minift's own first step. A turn is a line of bench/results
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ import torch
 import minift
 from bench.measure import ROOT
 from bench.trainers import SHARED, TRAINERS, Neighbours, append, machine, median_ratio
+from bench.turns import Worker
 from bench.workloads import gpt, with_dropout
 from minift.batch import collate
 from minift.ops import IGNORE_INDEX, ops_for
@@ -147,43 +147,15 @@ def returned(generator):
             return end.value
 
 
-class Trainer:
+class Trainer(Worker):
     """A process of `bench.turns`."""
 
     def __init__(self, name: str, folder: Path, case: Case, threads: int):
-        self.name = name
         self.dtype, order = TRAINERS[name]
         self.order = order if case.grouped else "random"
         who = "minift" if name == "minift" else "transformers"
         command = [sys.executable, "-m", "bench.turns", who, str(folder), "--dtype", self.dtype]
-        command += ["--order", self.order, "--threads", str(threads)]
-        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed by `end`
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
-            text=True,
-        )  # fmt: skip
-
-    def turn(self, steps: int) -> dict:
-        """The report of so many steps.
-
-        Raises:
-            SystemExit: the process has failed.
-        """
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            self.process.wait()
-            self.log.seek(0)
-            raise SystemExit(f"{self.name} failed:\n{self.log.read()[-2000:]}")
-        return json.loads(line)
-
-    def end(self) -> None:
-        """Lets it leave; after a failure of another one as well."""
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self.log.close()
+        super().__init__(name, [*command, "--order", self.order, "--threads", str(threads)])
 
 
 def run_case(case: Case, args: argparse.Namespace) -> list[dict]:

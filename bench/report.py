@@ -16,7 +16,7 @@ import re
 from itertools import zip_longest
 from pathlib import Path
 
-from bench import figures, tables, task_tables, writing_tables
+from bench import figures, method_tables, tables, task_tables, writing_tables
 from bench.rows import Missing, on_gpu, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,13 +59,15 @@ def write_regions(results: Results, plots: dict[str, str]) -> dict[str, str]:
         return f"![{words}]({RESULTS / 'plots' / name})" if name in plots else ""
 
     parts = {
-        "methods": [tables.methods(rows("methods"))],
+        "methods": [method_tables.methods(rows("methods"))],
+        "adapters": [method_tables.adapters(rows("adapters"))],
         "kernels": [
             tables.kernels(rows("kernels")),
             image("roofline.svg", "roofline of the kernels"),
         ],
         "codegen": [tables.codegen(rows("codegen-triton-3.6.0"))],
         "tasks": [task_tables.tasks(rows("tasks"))],
+        "evaluation": [task_tables.evaluation(rows("evaluation"))],
         "finetune": [
             tables.finetune(rows("finetune")),
             image("finetune.svg", "tokens a second of minift and transformers"),

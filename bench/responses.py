@@ -20,10 +20,10 @@ from torch import nn
 from bench.measure import ROOT, append, fingerprint
 from minift.responses import respond
 from minift.sampling import GenerateConfig
+from minift.saving import load
 from minift.tasks.instruct import dialogues
 from minift.text_metrics import text_metrics
 from minift.tokenizer import Tokenizer
-from minift.weights import load
 
 RESULTS = ROOT / "bench" / "results" / "responses.jsonl"
 TOGETHER = 16  # prompts in a batch of transformers'

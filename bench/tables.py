@@ -40,7 +40,10 @@ TRAINERS = {  # as README calls them -> what their rows say
     "transformers at its best": {"who": "transformers", "dtype": "bf16", "order": "grouped"},
     "transformers as it comes": {"who": "transformers", "dtype": "fp32", "order": "random"},
 }
-CPUS = {"Intel(R) Xeon(R) Processor": "an Intel Xeon with AMX"}
+CPUS = {
+    "Intel(R) Xeon(R) Processor": "an Intel Xeon with AMX",
+    "AMD EPYC": "an AMD EPYC with AVX512-BF16",
+}
 NUMERALS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
@@ -57,40 +60,15 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"|{line}|" for line in (first, "|".join(["---"] * len(head)), *lines))
 
 
+def where(row: dict) -> str:
+    """The machine of a row."""
+    cores = f"{said(row['threads'])} core{'s' * (row['threads'] > 1)}"
+    return f"{cores} of {CPUS.get(row['cpu'], row['cpu'])}"
+
+
 def said(n: int) -> str:
     """A small number as a word."""
     return NUMERALS[n] if n < len(NUMERALS) else f"{n:,}"
-
-
-# -------------------------------------------------------------------- methods
-
-
-def methods(rows: Sequence[dict]) -> str:
-    """The means of every fine-tuning method."""
-    rows = newest_run(having(on_cpu(rows), data="sst2", rows=None, epochs=1), "method", "seed")
-    seeds = {tuple(sorted(row["seed"] for row in having(rows, method=row["method"])))
-             for row in rows}  # fmt: skip
-    if len(seeds) != 1:
-        raise Missing(f"methods.jsonl: expected the same seeds of every method, got {seeds}")
-    (seeds,) = seeds
-    cells = []
-    for name in dict.fromkeys(row["method"] for row in rows):
-        runs = having(rows, method=name)
-
-        def mean(key, runs=runs):
-            return statistics.mean(row[key] for row in runs)
-
-        cells.append([
-            name, f"`{runs[0]['flags'] or '(none)'}`", f"{runs[0]['trained_parameters']:,}",
-            f"{mean('eval_accuracy'):.4f}", f"{mean('seconds_per_step') * 1000:.0f} ms",
-            f"{mean('peak_rss_mib'):,.0f} MiB",
-        ])  # fmt: skip
-    head = ("method", "flags", "trained parameters", "accuracy", "step", "peak memory")
-    words = (
-        "On SST-2 with MiniLM, one epoch in bf16 on the machine below, means of "
-        f"{said(len(seeds))} seeds:"
-    )
-    return f"{words}\n\n{table(head, cells)}"
 
 
 # -------------------------------------------------------------------- kernels

@@ -21,6 +21,7 @@ import json
 import os
 import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import torch
 
+from bench.measure import ROOT
 from bench.peers import import_transformers
 
 Say = Callable[[dict], None]
@@ -73,6 +75,45 @@ class Turns:
         facts = {"seconds": self.seconds, "tokens": self.tokens, "losses": losses}
         self.say(facts | {"cpu_seconds": cpu, "peak_rss_mib": peak_rss_mib()} | self.others)
         self.others = {}
+
+
+class Worker:
+    """A process that takes turns, from outside."""
+
+    def __init__(self, name: str, command: list[str]):
+        """
+        Args:
+            name: for messages.
+            command: of the process.
+        """
+        self.name = name
+        self.log = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115, closed by `end`
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log,
+            text=True,
+        )  # fmt: skip
+
+    def turn(self, steps: int) -> dict:
+        """The report of so many steps.
+
+        Raises:
+            SystemExit: the process has failed.
+        """
+        self.process.stdin.write(f"{steps}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            self.process.wait()
+            self.log.seek(0)
+            raise SystemExit(f"{self.name} failed:\n{self.log.read()[-2000:]}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Lets it leave; after a failure of another one as well."""
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
 
 
 def peak_rss_mib() -> float:

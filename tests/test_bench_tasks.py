@@ -326,9 +326,9 @@ def test_the_table_says_what_the_rows_say():
     ]
     text = task_tables.tasks([*rows, *short]).replace("\n", " ")
     for words in (
-        "MiniLM on 2 cores of an Intel Xeon with AMX, torch 2.13.0, bf16: WNUT-17 three epochs at "
-        "0.0001 in batches of 16, SQuAD one epoch at 0.0001 in batches of 16; AdamW, linear decay "
-        "after 20 steps. Means and standard deviations of three seeds",
+        "MiniLM on two cores of an Intel Xeon with AMX, torch 2.13.0, bf16: WNUT-17 three epochs "
+        "at 0.0001 in batches of 16, SQuAD one epoch at 0.0001 in batches of 16; AdamW, linear "
+        "decay after 20 steps. Means and standard deviations of three seeds",
         "transformers 5.23's Trainer at its best",
         "| `--task tagging` | WNUT-17 | entity F1 | 0.3750 ± 0.1250 | 0.2500 ± 0.0000 | 2.0 min | "
         "3.0 min | 1.50 |",
