@@ -13,6 +13,8 @@ from accuracy import DEVICE
 from tiny import settings_kept, tiny_model, write_rows
 
 import minift
+from minift.adapter_files import note_base
+from minift.adapters import Adapter, adapt
 from minift.cli import make_parser, normalise, searched
 from minift.config import ModelConfig
 
@@ -34,7 +36,7 @@ def test_commands_parse(command):
 
 
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-OUTER_LOOP, PROGRAM, LOOK, EMBEDDED, ATTENTION = PYTHON
+SWITCH, OUTER_LOOP, PROGRAM, LOOK, EMBEDDED, ATTENTION = PYTHON
 
 
 def test_the_program_runs(tmp_path, monkeypatch, capsys):
@@ -85,6 +87,20 @@ def test_a_search_of_others_calls_fine_tune(tmp_path, monkeypatch):
         names["objective"](trial)
     assert [step for step, _ in trial.reported] == [2, 4]
     assert all(0 <= value <= 1 for _, value in trial.reported)
+
+
+def test_adapters_are_switched(tmp_path, monkeypatch):
+    """As it stands; the labels of the second are its own."""
+    base = tiny_model(tmp_path / "MODEL_DIR")
+    for name, labels in (("sentiment", ("a", "b")), ("topics", ("x", "y", "z"))):
+        model, tokenizer = minift.load(base, labels=labels)
+        adapt(model, Adapter("lora", ("q", "v"), r=2))
+        note_base(model, str(base))
+        minift.save(model, tokenizer, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    names = {"minift": minift}
+    exec(SWITCH, names)
+    assert names["model"].config.labels == ("x", "y", "z")
 
 
 def test_the_search_is_one(tmp_path):

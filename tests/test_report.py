@@ -11,13 +11,13 @@ import bench_package
 import fake_results
 import pytest
 
-from bench import figures, report, tables, writing_tables
+from bench import figures, report, tables, task_tables, writing_tables
 from bench.rows import Missing, newest_cases, newest_run
 from bench.svg import SIZE
 
 SVG = "{http://www.w3.org/2000/svg}"
-NAMES = ("methods", "kernels", "codegen", "tasks", "finetune", "from-nothing", "lm",
-         "finetune-gpu")  # fmt: skip
+NAMES = ("methods", "adapters", "kernels", "codegen", "tasks", "evaluation", "finetune",
+         "from-nothing", "lm", "finetune-gpu")  # fmt: skip
 REGIONS = "\n\n".join(f"before {n}\n<!-- report: {n} -->\nold\n<!-- end -->\nafter" for n in NAMES)
 
 
@@ -26,6 +26,7 @@ def make_root(folder: Path, gpu: bool) -> Path:
     results = folder / "bench" / "results"
     fake_results.write(results / "finetune.jsonl", fake_results.finetune_rows())
     fake_results.write(results / "methods.jsonl", fake_results.method_rows())
+    fake_results.write(results / "adapters.jsonl", fake_results.adapter_rows())
     name = "codegen-triton-3.6.0.jsonl"
     shutil.copy(bench_package.ROOT / "bench" / "results" / name, results / name)
     (folder / "README.md").write_text(f"# title\n\n{REGIONS}\n", "utf-8")
@@ -67,9 +68,13 @@ def test_readme_and_the_results_agree():
 def test_numbers_are_those_of_the_rows(root):
     text = readme(root)
     for words in (
-        "one epoch in bf16 on the machine below, means of two seeds:",
-        "| full | `(none)` | 12,345 | 0.8100 | 150 ms | 1,250 MiB |",
-        "| bitfit | `--method bitfit` | 12 | 0.8100 | 150 ms | 1,250 MiB |",
+        "in bf16 on two cores of an Intel Xeon with AMX, means of two seeds with the",
+        "| full | `(none)` | 12,345 | 0.8100 ± 0.0141 (0.001) | 0.8100 ± 0.0141 (0.001) | 150 ms | "
+        "1,250 MiB | 12.3 MiB |",
+        "| bitfit | `--method bitfit` | 12 | 0.8100 ± 0.0141 (0.001) |",
+        "| MiniLM-L6 | lora | 8 | 1,000 | 500 | 0.50 | - | - | 1,000 MiB | 2,000 MiB |",
+        "| MiniLM-L6 | prefix | 8 | 1,000 | - | - | - | - | 1,000 MiB | - |",
+        "| GPT-2 355M | prefix | 8 | 1,000 | 500 | 0.50 | 250 | 0.25 | 1,000 MiB | 2,000 MiB |",
         "2,000 rows of SST-2 (sentences of 30 tokens on average), batch 32, on 2 cores of an Intel "
         "Xeon with AMX, torch 2.13.0; medians of three seeds, run in turn with transformers 5.23's",
         "| minift, bf16 | 200 | 1,001 MiB |",
@@ -229,9 +234,9 @@ def test_each_difference_is_a_line(root):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("report: methods", "report: ways", "README.md: region 'ways' is none of methods, kernels"),
+        ("report: methods", "report: ways", "README.md: region 'ways' is none of methods, adapt"),
         ("<!-- report: codegen -->\n", "", "<!-- report: codegen --> ... <!-- end --> once"),
-        ("<!-- end -->", "", "expected <!-- report: kernels --> ... <!-- end --> once"),
+        ("<!-- end -->", "", "expected <!-- report: adapters --> ... <!-- end --> once"),
         ("before codegen", "<!-- report: codegen -->\n<!-- end -->", "report: codegen --> ..."),
     ],
 )  # fmt: skip
@@ -270,7 +275,7 @@ def test_results_that_lack_something_are_a_line(root, file, rows, message):
 def test_a_line_that_is_no_json_is_named(root):
     with open(root / "bench/results/methods.jsonl", "a") as file:
         file.write('{"method": "fu')
-    assert report.check(root) == ["methods.jsonl:5: expected a line of JSON"]
+    assert report.check(root) == ["methods.jsonl:9: expected a line of JSON"]
 
 
 def run_main(monkeypatch, root: Path, *flags) -> int | str | None:
@@ -319,7 +324,7 @@ def test_rows_of_a_run_on_a_gpu_are_taken_once(root, tmp_path, monkeypatch, caps
     assert (results / "finetune.jsonl").read_bytes() == before
     assert {path.name for path in results.glob("*.jsonl")} == {
         "codegen-triton-3.6.0.jsonl", "finetune.jsonl", "finetune_gpu.jsonl", "kernels.jsonl",
-        "methods.jsonl",
+        "methods.jsonl", "adapters.jsonl",
     }  # fmt: skip
     assert "37 of 39 cases" in readme(root)
 
@@ -629,3 +634,25 @@ def test_a_model_from_nothing_is_told_with_its_command():
     assert "1.77 nats" in shown
     assert "1.5 minutes" in shown
     assert writing_tables.from_nothing([]) == ""
+
+
+def test_evaluation_is_shown_beside_the_trainer_both_ways():
+    """Of the newest run; at its best is the fastest of the sorted ones. Who is lacking is named."""
+    facts = dict(utc="2026-01-02T00:00:00Z", cpu="a CPU", threads=1, torch="2.13.0+cpu", turns=3)
+    facts |= dict(model="MiniLM", data="sst2", rows=9, tokens=99, dtype="fp32", encoded=True)
+    facts |= dict(transformers="5.23.0", others_cpu=0.5)
+    times = {"minift": 2.0, "Trainer as it comes": 7.0, "Trainer, sorted, batches of 8": 5.0,
+             "Trainer, sorted, batches of 32": 6.0}  # fmt: skip
+    rows = [{**facts, "who": who, "cpu_s": s, "wall_s": 9.0} for who, s in times.items()]
+    old = [{**row, "utc": "2026-01-01T00:00:00Z", "cpu_s": 1.0} for row in rows]
+    shown = task_tables.evaluation(old + rows)
+    line = "| SST-2 | fp32 | texts | 2.00 s | 7.00 s | 5.00 s | 3.50 | 2.50 |"
+    assert shown.split("\n")[-1] == line
+    assert shown.count("| SST-2 |") == 1
+    assert "on one core of a CPU" in shown
+    assert "beside other work" in shown
+    with pytest.raises(Missing, match=r"sst2 fp32: expected minift and Trainer as it comes"):
+        task_tables.evaluation(rows[:1])
+    assert task_tables.evaluation([]) == ""
+    half = [{**row, "dtype": "bf16", "cpu_s": row["cpu_s"] / 2} for row in rows]
+    assert "in fp32, from texts: 7.0 times on SST-2." in task_tables.evaluation(rows + half)
