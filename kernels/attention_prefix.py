@@ -9,9 +9,10 @@ Layout      qkv     (T, H + 2 * Hk, D)    as in attention.py
             Keys and values are put together once, on T + B * P rows; the kernels are those of
             attention.py. The gradient of the prefix is a sum over sequences in their order.
 
-Traffic     Beside attention's: K and V read and written once more, forward and backward; the
-            prefix is small. As rows of the batch it would cost a row of every product in the
-            model: at 20 virtual tokens and sentences of 25, 1.8 times the matmuls.
+Traffic     Beside attention's: K and V are read and written twice more forward (put behind the
+            prefix, then gathered) and once more backward; the prefix is small. As rows of the batch
+            it would cost a row of every product in the model: at 20 virtual tokens and sentences of
+            25, 1.8 times the matmuls.
 
 Source      Li and Liang 2021, arXiv:2101.00190, section 4.
 """

@@ -83,6 +83,12 @@ class Virtual:
         """x (T, ...) and the virtual rows (P, ...) -> (T2, ...). No gradient is kept."""
         return torch.cat([x, virtual]).index_select(0, self.source)
 
+    def with_prefix(self, qkv: Tensor, prefix: Tensor) -> Tensor:
+        """qkv (T, H + 2 * Hk, D) with the prefix's keys and values (P, 2 * Hk, D) as rows before
+        each sequence, whose queries are 0: what `attention` of those rows gives all others."""
+        queries = prefix.new_zeros(len(prefix), qkv.shape[1] - prefix.shape[1], prefix.shape[2])
+        return self.gather(qkv, torch.cat([queries, prefix], 1))
+
     def add_up(self, grad: Tensor) -> Tensor:
         """The gradient of the virtual rows (P, ...) from that of all rows (T2, ...)."""
         each = grad.index_select(0, self.rows)

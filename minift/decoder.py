@@ -114,7 +114,7 @@ class Decoder:
     def _forward(self, batch: Batch, slots: list[int] | None) -> Projected:
         """The model over whole prompts, whose keys go to `slots`; or over a token of each of the
         first slots, if `slots` is None."""
-        count, layer = len(batch.tokens), -1
+        count, layer, at = len(batch.tokens), -1, None
 
         def attention(qkv, layout, n_head, causal=False, dropout=None):
             nonlocal layer
@@ -126,11 +126,10 @@ class Decoder:
             return self.ops.attention(qkv, layout, n_head, causal, dropout)
 
         def attention_prefix(qkv, prefix, layout, n_head, causal=False, dropout=None, where=None):
-            nonlocal layer
+            nonlocal layer, at
             layer += 1
-            at = Virtual.pack(layout, len(prefix)).to(qkv.device)
-            heads = torch.cat([prefix.new_zeros(len(prefix), n_head, prefix.shape[2]), prefix], 1)
-            fill_(KeyValues(*self.memory[layer]), at.gather(qkv, heads), at.layout, slots)
+            at = at or Virtual.pack(layout, len(prefix)).to(qkv.device)  # of all layers
+            fill_(KeyValues(*self.memory[layer]), at.with_prefix(qkv, prefix), at.layout, slots)
             return self.ops.attention_prefix(qkv, prefix, layout, n_head, causal, dropout, where)
 
         ops = replace(self.ops, attention=attention, attention_prefix=attention_prefix)

@@ -59,9 +59,7 @@ def attention_probs(
     def attention_prefix(qkv, prefix, layout, n_head, causal=False, dropout=None, virtual=None):
         # As rows of the batch a prefix gives the same probabilities; its own queries are none.
         where = Virtual.pack(layout, len(prefix)).to(qkv.device)
-        queries = prefix.new_zeros(len(prefix), n_head, prefix.shape[2])
-        wide = where.gather(qkv, torch.cat([queries, prefix], 1))
-        out = attention(wide, where.layout, n_head, causal)
+        out = attention(where.with_prefix(qkv, prefix), where.layout, n_head, causal)
         if layer - 1 in seen:
             seen[layer - 1] = [probs[:, len(prefix) :] for probs in seen[layer - 1]]
         return out.index_select(0, where.place)

@@ -96,9 +96,7 @@ def length_limit(wanted: int, max_len: int) -> int:
 
 def check_flags(run: RunConfig, config: TrainConfig) -> None:
     """Raises InputError when a setting is given that the task does not read."""
-    changed = {f.name: getattr(config, f.name) for f in fields(config)}
-    changed = {f.name: v for f in fields(config) if (v := changed[f.name]) != f.default}
-    check_read(changed)
+    check_read({f.name: v for f in fields(config) if (v := getattr(config, f.name)) != f.default})
     unread = "prompt_init_text" if config.prefix_projection else "prefix_hidden_size"
     if getattr(config, unread):
         beside = "beside" if config.prefix_projection else "without"

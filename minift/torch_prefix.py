@@ -67,16 +67,16 @@ def _probabilities(q: Tensor, k: Tensor, group: Group, facts: _Facts) -> Tensor:
 
 
 def _made(qkv: Tensor, prefix: Tensor, i: int, facts: _Facts) -> tuple[Tensor, ...]:
-    """The rectangle of a group, its probabilities, and those that stay."""
+    """The rectangle of a group, its probabilities, those that stay, and the values."""
     group, heads = facts.layout.groups[i], facts.n_head + 2 * facts.n_key
     x = widened(rectangle(qkv, places_of(facts.layout, heads)[i][0], group))
-    q, k, _ = _keys(x, prefix, group, facts)
+    q, k, v = _keys(x, prefix, group, facts)
     probs = dropped = _probabilities(q, k, group, facts)
     if facts.dropout is not None:
         drop = facts.dropout
         words = words_of(facts.layout, drop.rows, drop.columns, len(prefix))
         dropped = dropped_of(probs, drop, *words[i])
-    return x, probs, dropped
+    return x, probs, dropped, v
 
 
 class _AttentionPrefix(torch.autograd.Function):
@@ -88,8 +88,7 @@ class _AttentionPrefix(torch.autograd.Function):
         # Of longer sequences the probabilities are made again: kept, they would fill the memory.
         saved, keeps = [], layout.max_length <= LONG and any(ctx.needs_input_grad)
         for i, group in enumerate(layout.groups):
-            made = _made(qkv, prefix, i, facts)
-            _, _, v = _keys(made[0], prefix, group, facts)
+            *made, v = _made(qkv, prefix, i, facts)
             o = product(made[2], v, facts.kept)
             write_rows(out, o, places_of(layout, facts.n_head)[i][1], group)
             saved += made if keeps else ()
@@ -106,7 +105,7 @@ class _AttentionPrefix(torch.autograd.Function):
         dqkv[sum(layout.lengths) :] = 0
         dprefix = widened(prefix.new_zeros(heads - facts.n_head, *prefix.shape[::2]))  # (2Hk, P, D)
         for i, group in enumerate(layout.groups):
-            made = saved[3 * i : 3 * i + 3] or _made(qkv, prefix, i, facts)
+            made = saved[3 * i : 3 * i + 3] or _made(qkv, prefix, i, facts)[:3]
             do = widened(rectangle(dout, places_of(layout, facts.n_head)[i][0], group))
             if group.real is not None:  # a padded query has no gradient
                 do = (do.view(facts.n_head, -1, do.shape[2]) * group.real.view(-1, 1)).view_as(do)
